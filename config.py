@@ -1,0 +1,185 @@
+"""Every setting of a run in one dataclass, the presets, and the command-line flags made from them.
+
+Each field carries its own comment (unit, the paper's value, why ours differs); `--help` prints the same
+comment, so that the two cannot drift apart. The paper is Assran et al., "Self-Supervised Learning from Images
+with a Joint-Embedding Predictive Architecture", CVPR 2023 (arXiv:2301.08243).
+"""
+
+import argparse
+import dataclasses
+import sys
+from dataclasses import dataclass, field
+
+
+class UsageError(ValueError):
+    """Something the user asked for cannot be done; the message is one line that says what and what to try."""
+
+
+def setting(default, comment, choices=None):
+    """A dataclass field with the comment that `--help` shows and, where the values are few, the allowed ones."""
+    return field(default=default, metadata={"comment": comment, "choices": choices})
+
+
+@dataclass
+class Config:
+    # Data
+    preset: str = setting("shapes", "named recipe that the other flags change")
+    dataset: str = setting("shapes", "shapes, cifar10, cifar100, stl10, an image folder, or a MedMNIST .npz file")
+    split: str = setting("train", "images to pretrain on; stl10 also has unlabeled and train+unlabeled")
+    data_dir: str = setting("data", "folder that holds, or receives, the downloaded archives")
+    image_size: int = setting(24, "side of the training crop, pixels (paper 224)")
+    crop_scale: tuple[float, float] = setting((1.0, 1.0), "random resized crop: least and most area, of the image (official .3 1.0)")
+    flip: bool = setting(False, "mirror half of the images (official code: no)")
+    # Masks, paper section 3
+    num_targets: int = setting(4, "target blocks M in each image (paper 4)")
+    target_scale: tuple[float, float] = setting((0.15, 0.2), "area of a target block, fraction of the grid (paper .15 .2)")
+    target_aspect: tuple[float, float] = setting((0.75, 1.5), "height over width of a target block (paper .75 1.5)")
+    context_scale: tuple[float, float] = setting((0.85, 1.0), "area of the context block before the targets are removed (paper .85 1.0)")
+    context_size: int = setting(0, "keep just this many context patches, chosen at random; 0 keeps all")
+    mask_mode: str = setting(
+        "pad", "pad: each image has its own block sizes; truncate: one size a batch, cut to the shortest", ("pad", "truncate"))
+    min_keep: int = setting(4, "least context patches an image may be left with (official code 10)")
+    allow_overlap: bool = setting(False, "leave the targets' patches in the context (paper: no)")
+    # Model, paper section 3 and appendix A
+    encoder: str = setting("64x3x1", "named size (tiny, small, base, large, huge, giant) or width x depth x heads, as in 192x6x6")
+    predictor: str = setting("32x2x1", "width x depth x heads (paper 384x6x12 for base, 384x12 for large and huge)")
+    patch_size: int = setting(4, "side of a square patch, pixels (paper 14 or 16)")
+    loss: str = setting("smooth_l1", "smooth_l1 (official code) or l2 (paper), both averaged over patches and width", ("smooth_l1", "l2"))
+    # Optimisation; every schedule is counted in optimizer steps
+    epochs: int = setting(10, "passes over the training images (paper 300 to 600)")
+    batch_size: int = setting(128, "images in one forward pass (paper 2048 over 16 GPUs)")
+    accumulation: int = setting(1, "forward passes to an optimizer step; the step sees batch_size x accumulation images")
+    optimizer: str = setting("adamw", "adamw (paper), adam or sgd", ("adamw", "adam", "sgd"))
+    betas: tuple[float, float] = setting((0.9, 0.999), "Adam's two decay rates; sgd takes the first as its momentum")
+    schedule: str = setting("cosine", "learning rate after the warmup: cosine (paper) or constant", ("cosine", "constant"))
+    lr: float = setting(1e-3, "learning rate after the warmup (paper 1e-3)")
+    lr_start: float = setting(1e-4, "learning rate at the first step (paper 1e-4)")
+    lr_final: float = setting(1e-6, "learning rate at the last step (paper 1e-6)")
+    warmup: float = setting(0.05, "fraction of all steps spent warming up (paper 15 of 600 epochs; official code 40 of 300)")
+    weight_decay: float = setting(0.04, "weight decay at the first step (paper .04)")
+    weight_decay_final: float = setting(0.4, "weight decay at the last step, reached along a cosine (paper .4)")
+    decay_all: bool = setting(False, "decay biases and norms too (official code: no)")
+    clip_grad: float = setting(0.0, "largest gradient norm; 0 leaves gradients alone (paper: none)")
+    momentum: float = setting(0.996, "EMA momentum of the target encoder at the first step (paper .996)")
+    momentum_final: float = setting(1.0, "EMA momentum at the last step, reached linearly (paper 1.0)")
+    # The run
+    seed: int = setting(0, "seed of initialisation, data order, crops and masks")
+    device: str = setting("auto", "auto takes cuda, else mps, else cpu", ("auto", "cpu", "cuda", "mps"))
+    precision: str = setting("auto", "auto is bf16 autocast on cuda and fp32 elsewhere", ("auto", "fp32", "bf16"))
+    workers: int = setting(8, "processes that decode an image folder too large for memory")
+    max_steps: int = setting(0, "end after this many optimizer steps, schedules fitted to them; 0 is no limit")
+    max_minutes: float = setting(0.0, "end after this many minutes, schedules fitted to them; 0 is no limit")
+    checkpoint_minutes: float = setting(2.0, "minutes between two checkpoints")
+    out: str = setting("", "run folder; empty is runs/PRESET")
+
+
+CIFAR = dict(
+    dataset="cifar10", image_size=32, patch_size=4, encoder="192x6x3", predictor="96x4x2", crop_scale=(0.3, 1.0), flip=True,
+    epochs=300, batch_size=256, lr=1e-3, context_size=20,
+)
+PRESETS = {
+    # Embedded images, a laptop CPU, minutes. So short a run wants a high rate and a target that keeps up with the context encoder:
+    # a momentum that rises to 1 would freeze it before the end.
+    "shapes": dict(lr=4e-3, lr_start=4e-4, weight_decay_final=0.04, momentum=0.99, momentum_final=0.99, context_size=12),
+    "cifar10": CIFAR,
+    "cifar100": dict(CIFAR, dataset="cifar100"),
+    "stl10": dict(
+        dataset="stl10", split="train+unlabeled", image_size=96, patch_size=8, encoder="small", predictor="192x6x6",
+        crop_scale=(0.3, 1.0), flip=True, epochs=100, batch_size=256, context_size=48,
+    ),
+    # The STL-10 peer's recipe: ViT-B/16 at 224 pixels, 50 epochs.
+    "stl10-vit-base": dict(
+        dataset="stl10", split="unlabeled", image_size=224, patch_size=16, encoder="base", predictor="384x6x12", epochs=50,
+        batch_size=64, accumulation=4, lr=1e-3, warmup=0.3, betas=(0.9, 0.95), loss="l2", min_keep=10,
+    ),
+    # The CIFAR-10 peer's recipe (github.com/sombersomni/ijepa-homemade), with our loss averaged instead of summed.
+    "cifar10-peer": dict(
+        dataset="cifar10", image_size=32, patch_size=4, encoder="192x6x6", predictor="96x4x6", target_scale=(0.15, 0.25),
+        context_scale=(0.75, 0.95), flip=True, epochs=100, batch_size=256, lr=1e-3, lr_final=1e-5, warmup=0.1,
+        weight_decay=0.05, weight_decay_final=0.05, loss="l2",
+    ),
+    # The paper's ViT-H/14 on ImageNet-1k; one process here, so the batch of 2048 is accumulated.
+    "imagenet-vit-huge": dict(
+        dataset="data/imagenet/train", image_size=224, patch_size=14, encoder="huge", predictor="384x12x16",
+        crop_scale=(0.3, 1.0), epochs=300, batch_size=64, accumulation=32, warmup=40 / 300, lr_start=2e-4, min_keep=10,
+        mask_mode="truncate",
+    ),
+}
+
+
+def from_preset(name="shapes", **changes):
+    """The Config of a preset with some fields changed, checked. Raises UsageError for an unknown name or an impossible value."""
+    if name not in PRESETS:
+        raise UsageError(f"preset '{name}' is none of {', '.join(PRESETS)}")
+    unknown = set(changes) - {f.name for f in dataclasses.fields(Config)}
+    if unknown:
+        raise UsageError(f"no setting is called {', '.join(sorted(unknown))}; `python train.py --help` lists them")
+    config = Config(**{"preset": name, **PRESETS[name], **changes})
+    check(config)
+    return config
+
+
+def check(config):
+    """Refuse what no run could use. What needs the grid or the data is checked by the masks, the model and the loaders."""
+
+    def need(condition, name, allowed):
+        if not condition:
+            raise UsageError(f"--{name.replace('_', '-')} is {getattr(config, name)}: {allowed}")
+
+    for f in dataclasses.fields(config):
+        choices = f.metadata["choices"]
+        need(not choices or getattr(config, f.name) in choices, f.name, f"choose one of {', '.join(choices or ())}")
+    for name in ("image_size", "patch_size", "num_targets", "epochs", "batch_size", "accumulation", "min_keep"):
+        need(getattr(config, name) >= 1, name, "it must be 1 or more")
+    for name in ("context_size", "max_steps", "max_minutes", "clip_grad", "weight_decay", "weight_decay_final", "lr_start", "lr_final",
+                 "workers", "checkpoint_minutes"):
+        need(getattr(config, name) >= 0, name, "it cannot be negative")
+    for name in ("crop_scale", "target_scale", "context_scale"):
+        low, high = getattr(config, name)
+        need(0 < low <= high <= 1, name, "two fractions of an area, 0 < least <= most <= 1")
+    need(0 < config.target_aspect[0] <= config.target_aspect[1], "target_aspect", "two ratios, 0 < least <= most")
+    need(all(0 <= beta < 1 for beta in config.betas), "betas", "two decay rates from 0 to below 1")
+    need(config.lr > 0, "lr", "it must be above 0")
+    need(0 <= config.warmup <= 1, "warmup", "a fraction of the run, from 0 to 1")
+    for name in ("momentum", "momentum_final"):
+        need(0 <= getattr(config, name) <= 1, name, "a number from 0 to 1")
+    need(config.image_size % config.patch_size == 0, "patch_size",
+         f"it must divide the image size of {config.image_size} pixels")
+
+
+def parser(description):
+    """An argument parser with one flag per Config field; `--help` shows each field's comment and default."""
+    p = argparse.ArgumentParser(description=description, epilog=f"presets: {', '.join(PRESETS)}", allow_abbrev=False)
+    for f in dataclasses.fields(Config):
+        flag, show = "--" + f.name.replace("_", "-"), str(f.default).strip("()").replace(",", "") or "empty"
+        comment = f.metadata["comment"].replace("%", "%%") + f" [{show}]"
+        if f.type is bool:
+            p.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=comment)
+        elif f.type in (int, float, str):
+            p.add_argument(flag, type=f.type, default=argparse.SUPPRESS, metavar=f.type.__name__.upper(), help=comment)
+        else:
+            p.add_argument(flag, type=float, nargs=2, default=argparse.SUPPRESS, metavar=("LEAST", "MOST"), help=comment)
+    return p
+
+
+def from_arguments(arguments):
+    """The Config asked for by parsed command-line flags (an argparse Namespace; names that are no field are left out)."""
+    fields = {f.name: f for f in dataclasses.fields(Config)}
+    given = {name: value for name, value in vars(arguments).items() if name in fields}
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    return from_preset(given.pop("preset", "shapes"), **given)
+
+
+def from_dict(values):
+    """The Config that `dataclasses.asdict` wrote, as a JSON file or a checkpoint gives it back (tuples became lists)."""
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    return from_preset(values.pop("preset"), **values)
+
+
+def run(main):
+    """Call `main()`; a UsageError becomes one line on stderr and exit code 2, as argparse does with a wrong flag."""
+    try:
+        main()
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,469 @@
+"""Images in, batches out: embedded shapes, CIFAR-10/100, STL-10, image folders and MedMNIST-style .npz files.
+
+`load` gives an `ImageDataset`, whose images stay in memory as uint8; `batches` moves one batch at a time to the
+device and normalises, crops and flips it there, all images at once. A small dataset then needs no loader processes.
+"""
+
+import difflib
+import hashlib
+import math
+import os
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+import shapes
+from config import UsageError
+from download import ARCHIVES, fetch, one_line
+
+MEMORY_LIMIT = 4 * 2**30  # bytes of uint8 pixels that a folder may take in memory; above it, files are decoded when needed
+FOLDER_SIZE = 224  # pixels; side of a folder's images when the caller names none
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
+# Mean and standard deviation of each channel over the training images, pixels scaled to 0..1.
+STATISTICS = {
+    "shapes": ((0.436, 0.436, 0.436), (0.259, 0.260, 0.260)),
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "stl10": ((0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713)),
+    "folder": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # ImageNet's: a folder is most often photographs
+}
+
+
+# ---- what a dataset is
+
+
+def decode(path, size):
+    """Read one image file as uint8 [3, size, size] (pixels): shorter side resized, centre kept; also returns its mode."""
+    with Image.open(path) as image:
+        mode = image.mode
+        image.draft(None, (2 * size, 2 * size))  # a large JPEG is decoded at a fraction of its size, still twice what we keep
+        if mode.startswith("I"):  # 16-bit grey: Pillow would clip it to white instead of scaling it
+            image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
+        image = ImageOps.exif_transpose(image).convert("RGB")
+        image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1), mode  # [C, H, W]
+
+
+class LazyFolder(torch.utils.data.Dataset):
+    """Image files that are decoded each time they are asked for; item i is uint8 [3, size, size].
+
+    Raises UsageError, naming the file, where an image cannot be decoded.
+    """
+
+    dtype = torch.uint8
+
+    def __init__(self, paths, size):
+        self.paths, self.size = list(paths), size
+        self.shape = torch.Size((len(self.paths), 3, size, size))  # [n, C, H, W], as a tensor would have
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, i):
+        try:
+            return decode(self.paths[i], self.size)[0]
+        except Exception as error:  # Pillow raises half a dozen unrelated types on a damaged file
+            raise UsageError(f"cannot decode {self.paths[i]} ({one_line(error)}); repair or remove the file") from None
+
+
+@dataclass
+class ImageDataset:
+    """Images with what is known about them.
+
+    `images`: uint8 [n, C, H, W] (volumes [n, C, T, H, W]) or a LazyFolder; `labels`: int64 [n] or None;
+    `class_names`: list or None; `mean`, `std`: one float a channel, pixels scaled to 0..1;
+    `folds`: STL-10's ten sets of 1000 training images, int64 [1000] each, else None.
+    """
+
+    name: str
+    images: "torch.Tensor | LazyFolder"
+    labels: "torch.Tensor | None"
+    class_names: "list[str] | None"
+    mean: tuple
+    std: tuple
+    folds: "list[torch.Tensor] | None" = None
+
+    def __len__(self):
+        return len(self.images)
+
+    def subset(self, indices):
+        """The images numbered `indices` (int64 [k], or a list) with their labels, as a dataset without folds."""
+        indices = torch.as_tensor(indices, dtype=torch.int64)
+        if isinstance(self.images, LazyFolder):
+            images = LazyFolder([self.images.paths[i] for i in indices.tolist()], self.images.size)
+        else:
+            images = self.images[indices.to(self.images.device)]
+        labels = None if self.labels is None else self.labels[indices.to(self.labels.device)]
+        return ImageDataset(self.name, images, labels, self.class_names, self.mean, self.std)
+
+    def fingerprint(self):
+        """Sixteen hex digits that change with the name, the shape, any label, or any of about 64 images spread evenly."""
+        digest = hashlib.sha256(repr((self.name, tuple(self.images.shape), str(self.images.dtype))).encode())
+        if self.labels is not None:
+            digest.update(self.labels.cpu().numpy().tobytes())
+        for i in range(0, len(self), max(1, len(self) // 64)):
+            digest.update(self.images[i].cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+# ---- small helpers
+
+
+def check_known(what, word, known, more=""):
+    """Raise UsageError, with the nearest spelling, where a word is none of the known ones."""
+    if word not in known:
+        close = difflib.get_close_matches(word, known, n=1)
+        raise UsageError(f"{what} '{word}' is none of {', '.join(known)}{more}" + (f"; nearest: {close[0]}" if close else ""))
+
+
+def need(path):
+    """The path, if it is a file; UsageError otherwise."""
+    if not path.is_file():
+        raise UsageError(f"{path} is missing: the folder {path.parent} is incomplete; delete it and it is unpacked or downloaded again")
+    return path
+
+
+def measure(images):
+    """Mean and standard deviation of each channel of uint8 [n, C, ...], pixels scaled to 0..1: two tuples of C floats."""
+    values = torch.arange(256, dtype=torch.float64) / 255
+    mean, std = [], []
+    for channel in images.unbind(1):
+        share = torch.bincount(channel.flatten(), minlength=256) / channel.numel()  # a histogram: no float copy of the images
+        mean.append(float(share.double() @ values))
+        std.append(max(float(share.double() @ (values - mean[-1]) ** 2) ** 0.5, 1 / 255))  # images of one colour: no division by 0
+    return tuple(mean), tuple(std)
+
+
+# ---- readers: one for each kind of dataset
+
+
+# The functions that numpy's own pickles call, taken from such pickles: their module is named differently from version to version.
+ARRAY_CODE = {
+    ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
+    ("numpy.core.numeric", "_frombuffer"): np.empty(0).__reduce_ex__(5)[0],
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+}
+
+
+class ArrayUnpickler(pickle.Unpickler):
+    """Reads pickles of arrays, numbers, strings and containers; UsageError for anything else, which could run code."""
+
+    def find_class(self, module, name):
+        if (module, name) == ("_codecs", "encode"):  # how Python 3 writes bytes in an old protocol
+            return super().find_class(module, name)
+        try:
+            return ARRAY_CODE[module.replace("numpy._core", "numpy.core"), name]
+        except KeyError:
+            raise UsageError(f"asks for {module}.{name}, which a CIFAR file does not need and which could run code") from None
+
+
+def unpickle(path, *keys):
+    """The values under `keys` (bytes) of a CIFAR pickle; UsageError naming the file where it is not one."""
+    try:
+        with open(need(path), "rb") as file:
+            content = ArrayUnpickler(file, encoding="bytes").load()
+        return [content[key] for key in keys]
+    except Exception as error:  # a damaged pickle raises nearly any type
+        if not path.is_file():
+            raise
+        raise UsageError(f"{path} is not a CIFAR file ({one_line(error)}); delete the folder {path.parent}") from None
+
+
+def read_cifar(name, split, data_dir):
+    """CIFAR-10 or CIFAR-100 (fine labels), python version: images uint8 [n, 3, 32, 32]; Krizhevsky 2009, cs.toronto.edu/~kriz."""
+    check_known(f"split of {name}", split, ("train", "test"))
+    folder = fetch(name, data_dir)
+    if name == "cifar10":
+        files = [f"data_batch_{i}" for i in range(1, 6)] if split == "train" else ["test_batch"]
+        meta, label_key, names_key = "batches.meta", b"labels", b"label_names"
+    else:
+        files, meta, label_key, names_key = [split], "meta", b"fine_labels", b"fine_label_names"
+    pixels, labels = zip(*(unpickle(folder / file, b"data", label_key) for file in files))
+    images = torch.from_numpy(np.concatenate(pixels)).view(-1, 3, 32, 32)  # [n, C, H, W]
+    labels = torch.tensor([label for part in labels for label in part], dtype=torch.int64)  # [n]
+    (class_names,) = unpickle(folder / meta, names_key)
+    return ImageDataset(name, images, labels, [word.decode() for word in class_names], *STATISTICS[name])
+
+
+def records(path, size, what):
+    """A file as uint8 [count, size] without reading it yet; UsageError where it is not a whole number of records."""
+    length = need(path).stat().st_size
+    if length == 0 or length % size:
+        raise UsageError(f"{path} has {length} bytes, expected a multiple of {size} ({what}); it is damaged, so delete {path.parent}")
+    return np.memmap(path, dtype=np.uint8, mode="r").reshape(-1, size)
+
+
+def read_stl10(split, data_dir):
+    """STL-10, binary version: images uint8 [n, 3, 96, 96], labels 0..9 or None; Coates et al. 2011, cs.stanford.edu/~acoates/stl10."""
+    check_known("split of stl10", split, ("train", "test", "unlabeled", "train+unlabeled"))
+    folder = fetch("stl10", data_dir)
+    parts = [records(folder / f"{part}_X.bin", 3 * 96 * 96, "one 96x96 RGB image") for part in split.split("+")]
+    images = np.empty((sum(map(len, parts)), 3, 96, 96), dtype=np.uint8)  # [n, C, H, W]
+    at = 0
+    for part in parts:  # copied once, straight from the file: the unlabeled images are 2.8 GB
+        images[at : at + len(part)] = part.reshape(-1, 3, 96, 96).swapaxes(2, 3)  # stored [n, C, W, H], column after column
+        at += len(part)
+    labels, folds = None, None
+    if split in ("train", "test"):
+        labels = torch.from_numpy(records(folder / f"{split}_y.bin", 1, "one label").astype(np.int64)).flatten() - 1  # [n], stored from 1
+        if len(labels) != len(images):
+            raise UsageError(f"{folder} has {len(images)} {split} images but {len(labels)} labels; it is damaged, so delete it")
+    if split == "train":
+        lines = need(folder / "fold_indices.txt").read_text().splitlines()
+        folds = [torch.tensor([int(i) for i in line.split()]) for line in lines if line.strip()]
+    class_names = need(folder / "class_names.txt").read_text().split()
+    return ImageDataset("stl10", torch.from_numpy(images), labels, class_names, *STATISTICS["stl10"], folds)
+
+
+def image_files(folder):
+    """Image files anywhere below a folder, sorted; hidden ones (.DS_Store, ._a.jpg, .ipynb_checkpoints) are none."""
+    found = []
+    for root, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [Path(root, f) for f in sorted(files) if f.lower().endswith(EXTENSIONS) and not f.startswith(".")]
+    return found
+
+
+def class_folders(folder):
+    """Class name -> image files, for the sub-folders that hold any, in sorted order; empty for a flat folder."""
+    names = sorted(item.name for item in folder.iterdir() if item.is_dir() and not item.name.startswith("."))
+    return {name: files for name in names if (files := image_files(folder / name))}
+
+
+def decode_all(paths, size):
+    """Decode files into uint8 [n, 3, size, size] on all cores; returns it with the kept positions; prints what was not plain RGB."""
+
+    def attempt(path):
+        try:
+            return decode(path, size)
+        except Exception as error:  # Pillow raises half a dozen unrelated types on a damaged file
+            return None, one_line(error)
+
+    images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)  # [n, C, H, W]
+    kept, broken, converted = [], [], []
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # threads suffice: Pillow decodes outside Python's lock
+        for i, (image, note) in enumerate(tqdm(pool.map(attempt, paths), total=len(paths), desc="decoding", unit="image")):
+            if image is None:
+                broken.append(f"{paths[i].name}, {note}")
+                continue
+            if note != "RGB":
+                converted.append(f"{paths[i].name}, mode {note}")
+            images[len(kept)] = image
+            kept.append(i)
+    if converted:
+        print(f"{len(converted)} of {len(paths)} images were not RGB (first: {converted[0]}); converted")
+    if broken:
+        print(f"{len(broken)} of {len(paths)} images could not be decoded (first: {broken[0]}); skipped")
+    return images[: len(kept)], kept
+
+
+def read_folder(folder, split, size):
+    """Image files below a folder: uint8 [n, 3, size, size]; class sub-folders, sorted, give the labels, a flat folder has none.
+
+    With train/ and test/ or val/ below it, each split is read from its own sub-folder (val stands in for test, and test
+    for val) and train/ names the classes; otherwise the whole folder is the train split. Differs from the official code:
+    crops are cut from the stored centre square, not from the whole photograph, so that the images fit in memory.
+    """
+    places = {part: folder / part for part in ("train", "test", "val") if (folder / part).is_dir()}
+    if "train" not in places or len(places) == 1:
+        places = {"train": folder}
+    else:
+        places = {"train": places["train"], "test": places.get("test", places.get("val")), "val": places.get("val", places.get("test"))}
+    check_known(f"split of folder {folder}", split, list(places))
+    place = places[split]
+    classes, labels = class_folders(place), None
+    paths = [path for files in classes.values() for path in files] or image_files(place)
+    if not paths:
+        raise UsageError(f"no image in {place} or below it; looked for {' '.join(EXTENSIONS)}, in any case")
+    class_names = list(class_folders(places["train"])) or None
+    if classes:
+        if strange := [name for name in classes if name not in (class_names or ())]:
+            raise UsageError(f"{place} has the class folder {strange[0]}, which {places['train']} has not; classes are named by train/")
+        labels = torch.tensor([class_names.index(name) for name, files in classes.items() for _ in files])  # [n]
+        if loose := len(image_files(place)) - len(paths):
+            print(f"{loose} images lie in {place} beside its class folders; left out")
+    if len(paths) * 3 * size * size > MEMORY_LIMIT:
+        images = LazyFolder(paths, size)
+    else:
+        images, kept = decode_all(paths, size)
+        labels = None if labels is None else labels[kept]
+        if not kept:
+            raise UsageError(f"none of the {len(paths)} image files in {place} could be decoded (the first: {paths[0].name})")
+    return ImageDataset(folder.resolve().name, images, labels, class_names, *STATISTICS["folder"])
+
+
+def npz_images(path, arrays, key):
+    """The array under `key` as uint8 [n, C, H, W] or [n, C, T, H, W]; UsageError for another dtype or number of axes."""
+    array = arrays[key]
+    if array.dtype != np.uint8:
+        raise UsageError(f"{path}: {key} is {array.dtype}, expected uint8; scale the pixels to 0..255 and save them with .astype('uint8')")
+    images = torch.from_numpy(array)
+    if images.ndim == 3 or (images.ndim == 4 and images.shape[-1] not in (1, 3)):
+        images = images.unsqueeze(-1)  # [n, H, W, 1] or [n, T, H, W, 1]: grey, without an axis for it
+    if images.ndim not in (4, 5) or 0 in images.shape:
+        raise UsageError(f"{path}: {key} has the shape {array.shape}, expected n,H,W or n,H,W,3 or, for volumes, n,T,H,W or n,T,H,W,C")
+    return images.movedim(-1, 1).contiguous()  # [n, C, H, W] or [n, C, T, H, W]
+
+
+def npz_labels(path, arrays, key, n):
+    """The labels under `key` ([n] or [n, 1]) as int64 [n]; None where there are several to an image."""
+    labels = torch.from_numpy(arrays[key])
+    if len(labels) != n or labels.ndim not in (1, 2) or labels.is_floating_point():
+        raise UsageError(f"{path}: {key} is {labels.dtype} {list(labels.shape)}, expected whole numbers, one for each of the {n} images")
+    if labels.ndim == 2 and labels.shape[1] > 1:
+        print(f"{path}: {key} has {labels.shape[1]} labels an image; multi-label data is read without labels")
+        return None
+    return labels.flatten().to(torch.int64)  # [n]
+
+
+def read_npz(path, split):
+    """A MedMNIST-style .npz with {split}_images and {split}_labels; images are normalised as its training images are."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            splits = [part for part in ("train", "val", "test") if f"{part}_images" in arrays]
+            if not splits:
+                raise UsageError(f"{path} has the keys {', '.join(arrays) or '(none)'}, expected train_images, train_labels and so on")
+            check_known(f"split of {path}", split, splits)
+            images = npz_images(path, arrays, f"{split}_images")
+            labels = npz_labels(path, arrays, f"{split}_labels", len(images)) if f"{split}_labels" in arrays else None
+            train = npz_images(path, arrays, "train_images") if split != "train" and "train" in splits else images
+    except UsageError:
+        raise
+    except Exception as error:  # a damaged .npz raises any of zipfile's, zlib's and numpy's errors
+        raise UsageError(f"cannot read {path} ({one_line(error)}); expected an .npz of plain arrays, saved with np.savez") from None
+    return ImageDataset(path.stem, images, labels, None, *measure(train))
+
+
+def load(name, split="train", data_dir="data", image_size=None):
+    """Load one split of a dataset by name (shapes, cifar10, cifar100, stl10) or by the path of an image folder or .npz file.
+
+    Images are uint8, [n, C, H, W] or [n, C, T, H, W]. `data_dir` holds or receives the archives. `image_size` (pixels,
+    default FOLDER_SIZE) is the side at which a folder's images are stored; other datasets keep their own size.
+    Raises UsageError for an unknown name or split, and for data that is missing or damaged.
+    """
+    path = Path(name).expanduser()
+    if name == "shapes":
+        check_known("split of shapes", split, ("train", "test"))
+        return ImageDataset("shapes", *shapes.make(split), *STATISTICS["shapes"])  # [n, 3, 24, 24], [n]
+    if name in ("cifar10", "cifar100"):
+        return read_cifar(name, split, data_dir)
+    if name == "stl10":
+        return read_stl10(split, data_dir)
+    if path.is_dir():
+        return read_folder(path, split, image_size or FOLDER_SIZE)
+    if path.suffix.lower() == ".npz" and path.is_file():
+        return read_npz(path, split)
+    if len(path.parts) > 1 or path.suffix.lower() == ".npz":
+        raise UsageError(f"dataset {path} is neither a folder nor an .npz file (looked for {path.absolute()})")
+    check_known("dataset", name, ("shapes", *ARCHIVES), ", an image folder, or an .npz file")
+
+
+# ---- a batch, on its device
+
+
+def normalise(images, mean, std):
+    """uint8 images [B, C, ...] -> float32, pixels scaled to 0..1, then (pixel - mean) / std of their channel."""
+    ones = (1,) * (images.ndim - 2)
+    # non_blocking: a plain copy to the GPU would make the host wait for all the work queued there.
+    mean, std = (torch.tensor(values).view(-1, *ones).to(images.device, non_blocking=True) for values in (mean, std))  # [C, 1, 1]
+    return (images.float() / 255 - mean) / std
+
+
+def sides(images, size):
+    """The image axes' lengths (H, W) or (T, H, W): a number means a square or a cube, a tuple is kept."""
+    return (size,) * (images.ndim - 2) if isinstance(size, int) else tuple(size)
+
+
+def resize(images, size):
+    """Float images [B, C, H, W] or [B, C, T, H, W] resized to `size` (pixels; one number or one an axis), linearly.
+
+    The aspect ratio is not kept. Shrinking averages (antialias) in 2-D; torch has no such filter for volumes.
+    """
+    size = sides(images, size)
+    if images.shape[2:] == size:
+        return images
+    if images.ndim == 5:
+        return F.interpolate(images, size, mode="trilinear")  # [B, C, *size]
+    return F.interpolate(images, size, mode="bilinear", antialias=True)  # [B, C, *size]
+
+
+def crop_boxes(images, scale, generator, aspect=(3 / 4, 4 / 3)):
+    """Draw one box an image: its half sides and its centre, float [B, 2] as (x, y) or [B, 3] as (x, y, z).
+
+    Coordinates are affine_grid's, where the image reaches from -1 to 1, so that a half side is also the fraction of the
+    image's side. The area (of a volume: the volume) is uniform in `scale`, width over height in pixels log-uniform in
+    `aspect`, the centre uniform. A box longer than the image is clamped to it. Source: torchvision's RandomResizedCrop.
+    """
+    axes, (height, width) = images.ndim - 2, images.shape[-2:]
+    draws = torch.rand(len(images), 2 + axes, generator=generator, device=images.device)  # area, aspect, place on each axis
+    area = scale[0] + (scale[1] - scale[0]) * draws[:, 0]  # [B]
+    root = (math.log(aspect[0]) + math.log(aspect[1] / aspect[0]) * draws[:, 1]).div(2).exp()  # [B], square root of the aspect
+    side = area ** (1 / axes)
+    shape = (height / width) ** 0.5  # turns width over height in pixels into a ratio of fractions
+    half = torch.stack([side * root * shape, side / root / shape, side][:axes], dim=1).clamp(max=1)  # [B, axes]; depth keeps its share
+    return half, (1 - half) * (2 * draws[:, 2:] - 1)  # [B, axes]: the centre has 1 - half to either side
+
+
+def random_resized_crop(images, size, scale, generator, aspect=(3 / 4, 4 / 3)):
+    """Cut one random box from each float image [B, C, (T,) H, W] and resize it to `size`; `scale` is the range of its area.
+
+    Areas are fractions of the image. The generator must live on the images' device. Boxes are as in `crop_boxes`.
+    """
+    size = sides(images, size)
+    half, centre = crop_boxes(images, scale, generator, aspect)
+    theta = torch.cat([torch.diag_embed(half), centre.unsqueeze(-1)], dim=-1).to(images.dtype)  # [B, axes, axes + 1]
+    # grid_sample reads single points, so it must not shrink: sample at the stored size, then let resize average.
+    fine = [max(wanted, stored) for wanted, stored in zip(size, images.shape[2:])]
+    grid = F.affine_grid(theta, [*images.shape[:2], *fine], align_corners=False)  # [B, *fine, axes]
+    # Inside the image reflection does what border padding does, and Apple's GPUs lack the latter.
+    crops = F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)  # [B, C, *fine]
+    return resize(crops, size)  # [B, C, *size]
+
+
+def random_flip(images, generator):
+    """Mirror the last axis (left and right) of each image [B, C, ..., W] with probability one half."""
+    mirrored = torch.rand(len(images), generator=generator, device=images.device) < 0.5  # [B]
+    return torch.where(mirrored.view(-1, *(1,) * (images.ndim - 1)), images.flip(-1), images)
+
+
+def uint8_batches(images, batch_size, order, device, workers):
+    """The images numbered `order`, uint8 [B, C, ...], in batches; from memory, or decoded by DataLoader's processes."""
+    if not isinstance(images, LazyFolder):
+        order = order.to(images.device)
+        yield from (images[order[i : i + batch_size]] for i in range(0, len(order), batch_size))
+        return
+    chosen = torch.utils.data.Subset(images, order.tolist())
+    # A generator of its own: the loader would otherwise draw from the global one and shift whatever is drawn from it next.
+    loader = torch.utils.data.DataLoader(
+        chosen, batch_size, num_workers=workers, pin_memory=device.type == "cuda", generator=torch.Generator()
+    )
+    try:
+        yield from loader
+    except UsageError as error:  # from a worker it arrives as a whole traceback, whose last line is the message
+        raise UsageError(str(error).strip().splitlines()[-1].removeprefix("config.UsageError: ")) from None
+
+
+def batches(dataset, batch_size, image_size, device="cpu", order=None, generator=None, crop_scale=(1.0, 1.0), flip=False, workers=0):
+    """Iterate over normalised float32 images [B, C, H, W] (or [B, C, T, H, W]) on the device; the last batch may be short.
+
+    `order`: image numbers, int64 [k] (None: all, in order). `image_size`: pixels, one number or one an axis.
+    Without a generator (on `device`) nothing is random: images are only resized. With one, each image is cropped to an
+    area in `crop_scale` (fractions; (1, 1) does not crop) and, with `flip`, half are mirrored. `workers`: processes that
+    decode a LazyFolder. Raises UsageError for an impossible crop_scale, and where a file cannot be decoded.
+    """
+    if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
+        raise UsageError(f"crop_scale is {tuple(crop_scale)}, expected two fractions of the image's area, 0 < least <= most <= 1")
+    order = torch.arange(len(dataset)) if order is None else order
+    cropping = generator is not None and tuple(crop_scale) != (1.0, 1.0)
+    for images in uint8_batches(dataset.images, batch_size, order, torch.device(device), workers):
+        images = normalise(images.to(device, non_blocking=True), dataset.mean, dataset.std)  # [B, C, H, W], stored size
+        images = random_resized_crop(images, image_size, crop_scale, generator) if cropping else resize(images, image_size)
+        yield random_flip(images, generator) if generator is not None and flip else images

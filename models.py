@@ -1,0 +1,310 @@
+"""I-JEPA from patch embedding to loss (Assran et al., CVPR 2023), every part written out.
+
+Alphabet: B images, C H W channels and pixels, N patches in the grid, Nc context patches kept (padded), M target blocks,
+Nt patches in a target block (padded), D encoder width, Dp predictor width, nh heads. Batch first. Patch indices are in
+raster order. A boolean mask is True at real patches and False at padding, which is also what
+`scaled_dot_product_attention` means by True: "may be attended to".
+"""
+
+import copy
+import math
+from collections import namedtuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from config import UsageError
+from masking import MultiBlockMasking
+
+Output = namedtuple("Output", "loss predictions targets")  # loss [], predictions [B, M, Nt, D], targets [B, M, Nt, D]
+
+# Named encoders: width, depth, heads, MLP ratio (ViT papers; huge and giant as in I-JEPA's appendix A.1).
+SIZES = {
+    "tiny": (192, 12, 3, 4.0),
+    "small": (384, 12, 6, 4.0),
+    "base": (768, 12, 12, 4.0),
+    "large": (1024, 24, 16, 4.0),
+    "huge": (1280, 32, 16, 4.0),
+    "giant": (1408, 40, 16, 48 / 11),
+}
+
+
+def parse_size(name):
+    """(width, depth, heads, MLP ratio) of a named size or of 'width x depth x heads', as '192x6x6'. Raises UsageError."""
+    if name in SIZES:
+        return SIZES[name]
+    try:
+        width, depth, heads = (int(part) for part in name.split("x"))
+    except ValueError:
+        raise UsageError(f"model size '{name}' is neither one of {', '.join(SIZES)} nor width x depth x heads, as in 192x6x6") from None
+    if min(width, depth, heads) < 1 or width % heads or width % 4:
+        raise UsageError(f"model size '{name}': width must be a multiple of 4 and of the number of heads, and all three at least 1")
+    return width, depth, heads, 4.0
+
+
+# --- from pixels to tokens ---------------------------------------------------------------------------------------------
+
+
+def patchify(images, patch_size):
+    """Cut images into patches, listed in raster order.
+
+    images [B, C, H, W] (or [B, C, T, H, W]) -> [B, N, C * patch_size**2], each patch flattened channel first, then rows.
+    """
+    B, C, *sides = images.shape
+    for axis, side in enumerate(sides):  # every side becomes (patches, pixels in a patch)
+        images = images.unflatten(2 + 2 * axis, (side // patch_size, patch_size))  # [B, C, H/p, p, W/p, p]
+    grid_axes = range(2, 2 + 2 * len(sides), 2)
+    images = images.permute(0, *grid_axes, 1, *(axis + 1 for axis in grid_axes))  # [B, H/p, W/p, C, p, p]
+    return images.flatten(1 + len(sides)).flatten(1, len(sides))  # [B, N, C*p*p]
+
+
+class PatchEmbed(nn.Module):
+    """One linear map from a patch's pixels to a token: images [B, C, H, W] -> [B, N, D]. (The same as a strided convolution.)"""
+
+    def __init__(self, patch_size, channels, width, axes=2):
+        super().__init__()
+        self.patch_size = patch_size
+        self.project = nn.Linear(channels * patch_size**axes, width)
+
+    def forward(self, images):
+        return self.project(patchify(images, self.patch_size))  # [B, N, D]
+
+
+def sincos_positions(grid, width):
+    """Fixed sine-cosine positions of a 2-D or 3-D grid, float32 [N, width] (MAE and the official code; paper appendix A.1).
+
+    Each axis has an equal share of the channels, the last axis (columns) first; within a share, first the sines then the
+    cosines of coordinate / 10000**(i / share). Channels left over (width not divisible) are 0.
+    """
+    axes = len(grid)
+    share = width // (2 * axes)  # frequencies for each axis
+    frequency = 10000.0 ** -(torch.arange(share, dtype=torch.float64) / share)
+    coordinates = torch.meshgrid(*(torch.arange(side, dtype=torch.float64) for side in grid), indexing="ij")
+    parts = []
+    for coordinate in reversed(coordinates):
+        angle = coordinate.reshape(-1, 1) * frequency  # [N, share]
+        parts += [angle.sin(), angle.cos()]
+    return F.pad(torch.cat(parts, dim=1), (0, width - 2 * axes * share)).float()  # [N, width]
+
+
+def resize_positions(positions, old_grid, new_grid):
+    """Interpolate positions [N, D] to another grid: bicubic in 2-D, trilinear in 3-D -> [N', D]."""
+    image = positions.reshape(1, *old_grid, -1).movedim(-1, 1)  # [1, D, rows, columns]
+    image = F.interpolate(image, size=new_grid, mode="bicubic" if len(old_grid) == 2 else "trilinear", align_corners=False)
+    return image.flatten(2)[0].T  # [N', D]
+
+
+def take(tokens, indices):
+    """Pick tokens [B, N, D] at patch indices [B, ...] -> [B, ..., D]."""
+    flat = indices.flatten(1)[..., None].expand(-1, -1, tokens.shape[-1])  # [B, K, D]
+    return tokens.gather(1, flat).unflatten(1, indices.shape[1:])  # [B, ..., D]
+
+
+# --- the transformer ---------------------------------------------------------------------------------------------------
+
+
+def explicit_attention(q, k, v, attn_mask=None):
+    """Softmax attention as the formula says it; the tests prove the fused kernel equal to it.
+
+    q, k, v [B, nh, N, D/nh]; attn_mask bool, broadcast to [B, nh, N, N], True where a key may be attended to.
+    """
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # [B, nh, N, N]
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, -math.inf)
+    return scores.softmax(dim=-1) @ v  # [B, nh, N, D/nh]
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over a padded batch: x [B, N, D], valid [B, N] bool (True = real token) -> [B, N, D]."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.project = nn.Linear(width, width)
+
+    def forward(self, x, valid=None):
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # 3 of [B, nh, N, D/nh]
+        # Every query may look at the real tokens only; what padding itself computes is never read.
+        mask = None if valid is None else valid[:, None, None, :]  # [B, 1, 1, N]
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # [B, nh, N, D/nh]
+        return self.project(x.transpose(1, 2).flatten(2))  # [B, N, D]
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: x + attention(norm(x)), then x + MLP(norm(x))."""
+
+    def __init__(self, width, heads, mlp_ratio=4.0):
+        super().__init__()
+        hidden = int(width * mlp_ratio)
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attention = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+
+    def forward(self, x, valid=None):
+        x = x + self.attention(self.norm1(x), valid)
+        return x + self.mlp(self.norm2(x))
+
+
+def initialise(module):
+    """Linear weights Xavier-uniform, biases 0, as in MAE.
+
+    Differs: the official code ends with a normal of deviation .02, which is about Xavier's at width 1024 but far below it at
+    the widths of small models, where the positions (of size 1) then drown the patches and learning starts late.
+    """
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
+class Encoder(nn.Module):
+    """A vision transformer without class token, which can be given a part of the patches (paper section 3).
+
+    image_size: pixels of the square (or cubic) image, or one number an axis; patch_size: pixels, the same on every axis;
+    size: a name of SIZES or 'width x depth x heads'. Has `.width` (D) and `.grid`.
+    Raises UsageError where the patch does not divide the image.
+    """
+
+    def __init__(self, size="base", image_size=224, patch_size=16, channels=3, axes=2):
+        super().__init__()
+        sides = (image_size,) * axes if isinstance(image_size, int) else tuple(image_size)
+        self.width, depth, heads, mlp_ratio = parse_size(size)
+        self.patch_size, self.grid = patch_size, self._grid(sides, patch_size)
+        self.patch_embed = PatchEmbed(patch_size, channels, self.width, len(sides))
+        self.register_buffer("positions", sincos_positions(self.grid, self.width), persistent=False)
+        self.blocks = nn.ModuleList(Block(self.width, heads, mlp_ratio) for _ in range(depth))
+        self.norm = nn.LayerNorm(self.width, eps=1e-6)
+        self.apply(initialise)
+
+    @staticmethod
+    def _grid(sides, patch_size):
+        if any(side % patch_size or side < patch_size for side in sides):
+            raise UsageError(f"patches of {patch_size} pixels do not divide an image of {'x'.join(map(str, sides))} pixels")
+        return tuple(side // patch_size for side in sides)
+
+    def forward(self, images, indices=None, valid=None, return_layers=None):
+        """Encode all patches, or only those listed.
+
+        images float [B, C, H, W], normalised; indices int64 [B, Nc] patches *kept*, or None for all N; valid bool [B, Nc],
+        True at real entries, or None where nothing is padded. Returns [B, Nc, D] (or [B, N, D]), layer-normed; with
+        return_layers=k a list of the last k blocks' outputs, each passed through the same last norm.
+        """
+        x = self.patch_embed(images)  # [B, N, D]
+        grid = self._grid(images.shape[2:], self.patch_size)
+        x = x + (self.positions if grid == self.grid else resize_positions(self.positions, self.grid, grid))  # [B, N, D]
+        if indices is not None:
+            x = take(x, indices)  # [B, Nc, D]: hidden patches leave before the first block, so nothing can leak from them
+        layers = []
+        for block in self.blocks:
+            x = block(x, valid)
+            layers.append(x)
+        return self.norm(x) if return_layers is None else [self.norm(layer) for layer in layers[-return_layers:]]
+
+
+# --- I-JEPA ------------------------------------------------------------------------------------------------------------
+
+
+class Predictor(nn.Module):
+    """A narrow transformer that answers "what is the representation at this place?" (paper section 3, "Prediction").
+
+    size: 'width x depth x heads' (Dp may differ from D); encoder_width: D; grid: the encoder's.
+    """
+
+    def __init__(self, size, encoder_width, grid):
+        super().__init__()
+        width, depth, heads, mlp_ratio = parse_size(size)
+        self.embed = nn.Linear(encoder_width, width)
+        self.mask_token = nn.Parameter(torch.zeros(width))
+        self.register_buffer("positions", sincos_positions(grid, width), persistent=False)
+        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.project = nn.Linear(width, encoder_width)
+        self.apply(initialise)
+        nn.init.trunc_normal_(self.mask_token, std=0.02)
+
+    def forward(self, context, masks):
+        """context [B, Nc, D] and its Masks -> predictions [B, M, Nt, D] at the target places; blocks do not see each other."""
+        B, M, Nt = masks.targets.shape
+        Nc = context.shape[1]
+        context = self.embed(context) + self.positions[masks.context]  # [B, Nc, Dp]
+        questions = self.mask_token + self.positions[masks.targets]  # [B, M, Nt, Dp]
+        # One target block at a time: each of the M blocks gets its own copy of the context and its own row of the batch.
+        x = torch.cat([context[:, None].expand(-1, M, -1, -1), questions], dim=2).flatten(0, 1)  # [B*M, Nc+Nt, Dp]
+        valid = self._valid(masks)
+        for block in self.blocks:
+            x = block(x, valid)
+        x = self.project(self.norm(x[:, Nc:]))  # [B*M, Nt, D]
+        return x.unflatten(0, (B, M))  # [B, M, Nt, D]
+
+    @staticmethod
+    def _valid(masks):
+        """Which of the Nc+Nt tokens are real, bool [B*M, Nc+Nt], or None where nothing is padded."""
+        if masks.context_valid is None and masks.targets_valid is None:
+            return None
+        B, M, _ = masks.targets.shape
+        context, targets = masks.context_valid, masks.targets_valid
+        context = torch.ones_like(masks.context, dtype=torch.bool) if context is None else context  # [B, Nc]
+        targets = torch.ones_like(masks.targets, dtype=torch.bool) if targets is None else targets  # [B, M, Nt]
+        return torch.cat([context[:, None].expand(-1, M, -1), targets], dim=2).flatten(0, 1)  # [B*M, Nc+Nt]
+
+
+def prediction_loss(predictions, targets, valid=None, kind="smooth_l1"):
+    """Mean distance over the real target patches and the width, a scalar (paper section 3, "Loss").
+
+    predictions, targets [B, M, Nt, D]; valid bool [B, M, Nt] or None; kind 'smooth_l1' (official code) or 'l2' (paper).
+    """
+    distance = F.smooth_l1_loss if kind == "smooth_l1" else F.mse_loss
+    loss = distance(predictions.float(), targets.float(), reduction="none").mean(dim=-1)  # [B, M, Nt]
+    return loss.mean() if valid is None else (loss * valid).sum() / valid.sum()
+
+
+class IJEPA(nn.Module):
+    """The whole method: context encoder, predictor, and target encoder (an EMA of the context encoder).
+
+    encoder: an Encoder, a size name, or any module with `.width`, `.grid` and the call signature of `Encoder.forward`;
+    predictor: 'width x depth x heads'; masking: a MultiBlockMasking, by default the paper's on the encoder's grid;
+    loss: 'smooth_l1' or 'l2'. `shape` (image_size, patch_size, channels, axes) goes to Encoder where `encoder` is a name.
+    """
+
+    def __init__(self, encoder="base", predictor="384x6x12", masking=None, loss="smooth_l1", **shape):
+        super().__init__()
+        self.context_encoder = Encoder(encoder, **shape) if isinstance(encoder, str) else encoder
+        self.target_encoder = copy.deepcopy(self.context_encoder).requires_grad_(False)
+        self.predictor = Predictor(predictor, self.context_encoder.width, self.context_encoder.grid)
+        self.masking = masking or MultiBlockMasking(self.context_encoder.grid)
+        self.loss = loss
+
+    def forward(self, images, masks=None, generator=None):
+        """images float [B, C, H, W]. In train mode, or given Masks -> Output(loss, predictions, targets); masks not given are
+        drawn from `generator`. In eval mode without masks -> the target encoder's tokens of every patch [B, N, D]."""
+        if masks is None and not self.training:
+            return self.target_encoder(images)  # [B, N, D]
+        masks = (masks or self.masking(len(images), generator)).to(images.device)
+        targets = self.targets(images, masks)  # [B, M, Nt, D]
+        context = self.context_encoder(images, masks.context, masks.context_valid)  # [B, Nc, D]
+        predictions = self.predictor(context, masks)  # [B, M, Nt, D]
+        return Output(prediction_loss(predictions, targets, masks.targets_valid, self.loss), predictions, targets)
+
+    @torch.no_grad()
+    def targets(self, images, masks):
+        """What is to be predicted [B, M, Nt, D]: the target encoder sees the whole image, its output is layer-normed without
+        affine parameters, and only then are the blocks cut out (paper table 11: masking the output beats masking the input)."""
+        tokens = self.target_encoder(images)  # [B, N, D]
+        return take(F.layer_norm(tokens, tokens.shape[-1:]), masks.targets)  # [B, M, Nt, D]
+
+    @torch.no_grad()
+    def update_target(self, momentum):
+        """target <- momentum * target + (1 - momentum) * context, for every parameter (paper section 3); call after the optimizer."""
+        target, context = list(self.target_encoder.parameters()), list(self.context_encoder.parameters())
+        torch._foreach_lerp_(target, [p.to(t.dtype) for p, t in zip(context, target)], 1.0 - momentum)
+
+
+def build(config, channels=3, axes=2):
+    """The IJEPA that a Config describes. Raises UsageError where patch, grid, masks or sizes do not go together."""
+    encoder = Encoder(config.encoder, config.image_size, config.patch_size, channels, axes)
+    masking = MultiBlockMasking(
+        encoder.grid, config.num_targets, config.target_scale, config.target_aspect, config.context_scale, config.context_size,
+        config.mask_mode, config.min_keep, config.allow_overlap)
+    return IJEPA(encoder, config.predictor, masking, config.loss)

@@ -1,0 +1,281 @@
+"""Claims about training: schedules, the step, checkpoints and resume, and what the command line refuses."""
+
+import csv
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import config as settings
+import data
+import models
+import train
+from config import PRESETS, Config, UsageError, from_preset
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def few_shapes(monkeypatch):
+    """64 training images instead of 40,000, made once: these tests are about the loop, not about learning."""
+    monkeypatch.setattr("shapes.COUNT", {"train": 64, "test": 64})
+    monkeypatch.setattr("shapes.make.__defaults__", (64,))
+
+
+def tiny(out, **changes):
+    return from_preset("shapes", **{"encoder": "16x1x2", "predictor": "8x1x2", "batch_size": 16, "epochs": 3, "device": "cpu",
+                                    "out": str(out), **changes})
+
+
+def rows(folder):
+    return list(csv.DictReader(open(folder / "metrics.csv")))
+
+
+def weights(folder):
+    return torch.load(folder / "checkpoint.pt", weights_only=True)["model"]
+
+
+# --- schedules ---------------------------------------------------------------------------------------------------------
+
+
+def test_schedules_reach_their_ends():
+    config = Config(lr_start=1e-4, lr=1e-3, lr_final=1e-6, warmup=0.1, weight_decay=0.04, weight_decay_final=0.4, momentum=0.996)
+    first, peak, last = (train.schedules(config, step, 1000) for step in (0, 100, 999))
+    assert first == pytest.approx({"lr": 1e-4, "weight_decay": 0.04, "momentum": 0.996})
+    assert peak["lr"] == pytest.approx(1e-3)
+    assert last == pytest.approx({"lr": 1e-6, "weight_decay": 0.4, "momentum": 1.0})
+
+
+def test_schedules_are_monotone_where_they_should_be():
+    values = [train.schedules(Config(), step, 400) for step in range(400)]
+    rates = [v["lr"] for v in values]
+    peak = rates.index(max(rates))
+    assert rates[: peak + 1] == sorted(rates[: peak + 1]) and rates[peak:] == sorted(rates[peak:], reverse=True)
+    for name in ("weight_decay", "momentum"):
+        assert [v[name] for v in values] == sorted(v[name] for v in values)
+
+
+def test_constant_schedule_stays_at_its_rate_after_the_warmup():
+    config = Config(schedule="constant", warmup=0.1)
+    assert {train.schedules(config, step, 100)["lr"] for step in range(10, 100)} == {config.lr}
+
+
+def test_schedules_count_optimizer_steps_not_forward_passes(tmp_path):
+    """The same images in 4 accumulated passes of 4 or in one of 16: as many optimizer steps, the same rates and momenta."""
+    for name, split in (("one", dict(batch_size=16)), ("four", dict(batch_size=4, accumulation=4))):
+        train.train(tiny(tmp_path / name, **split))
+    one, four = rows(tmp_path / "one"), rows(tmp_path / "four")
+    assert len(one) == 12  # 3 epochs of 64 images, 16 a step
+    for column in ("step", "lr", "weight_decay", "momentum", "epoch"):
+        assert [row[column] for row in one] == [row[column] for row in four]
+
+
+def test_max_steps_fits_the_schedules_to_the_shorter_run(tmp_path):
+    train.train(tiny(tmp_path, max_steps=5))
+    assert len(rows(tmp_path)) == 5
+    assert float(rows(tmp_path)[-1]["lr"]) == pytest.approx(Config.lr_final) and float(rows(tmp_path)[-1]["momentum"]) == 1.0
+
+
+def test_max_minutes_ends_in_time_with_the_schedules_run_out(tmp_path):
+    train.train(tiny(tmp_path, epochs=100_000, max_minutes=0.05))
+    last = rows(tmp_path)[-1]
+    assert 2 < float(last["seconds"]) < 5  # 3 s asked for; one interval of re-fitting either way
+    assert float(last["momentum"]) > 0.9999 and float(last["lr"]) < 1e-5
+
+
+# --- one step ----------------------------------------------------------------------------------------------------------
+
+
+def one_step(config, batches=1):
+    torch.manual_seed(0)
+    model = models.build(config).train()
+    optimizer = train.build_optimizer(config, model)
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    images = [torch.randn(config.batch_size, 3, 24, 24, generator=torch.Generator().manual_seed(i)) for i in range(batches)]
+    values = train.train_step(config, model, optimizer, images, 0, 10, torch.Generator().manual_seed(0))
+    return model, before, values
+
+
+def test_the_target_moves_by_the_momentum_towards_the_updated_context_encoder():
+    model, before, values = one_step(tiny("-", momentum=0.9))
+    for name, target in model.target_encoder.state_dict().items():
+        expected = 0.9 * before[f"target_encoder.{name}"] + 0.1 * model.context_encoder.state_dict()[name]
+        assert torch.allclose(target, expected, atol=1e-6)
+    assert values["momentum"] == 0.9
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
+def test_every_optimizer_trains_encoder_and_predictor(optimizer):
+    model, before, _ = one_step(tiny("-", optimizer=optimizer))
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert any(name.startswith("context_encoder") for name in moved) and any(name.startswith("predictor") for name in moved)
+
+
+def test_biases_and_norms_are_not_decayed_unless_asked():
+    for decay_all in (False, True):
+        config = tiny("-", decay_all=decay_all)
+        groups = train.build_optimizer(config, models.build(config)).param_groups
+        spared = [p for group in groups if not group["decayed"] for p in group["params"]]
+        assert all(p.ndim == 1 for p in spared) and bool(spared) is not decay_all
+
+
+def test_clipping_bounds_what_sgd_moves():
+    """Plain SGD moves by rate x gradient, so with a gradient norm clipped to .01 the step's norm is .01 x the rate."""
+    config = tiny("-", optimizer="sgd", betas=(0.0, 0.0), clip_grad=0.01, weight_decay=0.0, lr_start=0.5)
+    model, before, values = one_step(config)
+    moved = torch.stack([(p - before[name]).norm() for name, p in model.named_parameters() if p.requires_grad]).norm()
+    assert values["grad_norm"] > 0.01 and moved.item() == pytest.approx(0.5 * 0.01, rel=1e-3)
+
+
+def test_the_loss_falls(tmp_path):
+    train.train(tiny(tmp_path, epochs=30, lr=3e-3, momentum=0.99))
+    losses = [float(row["loss"]) for row in rows(tmp_path)]
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+
+
+# --- data order, checkpoints, resume -----------------------------------------------------------------------------------
+
+
+def test_every_epoch_shows_whole_batches_of_different_images_in_a_new_order():
+    dataset = data.load("shapes")
+    dataset.images[:] = torch.arange(64, dtype=torch.uint8)[:, None, None, None]
+    stream = train.image_stream(tiny("-", crop_scale=(1.0, 1.0)), dataset, "cpu", None, 0)
+    seen = [torch.cat([next(stream)[:, 0, 0, 0] for _ in range(4)]) for _ in range(2)]
+    assert len(seen[0].unique()) == 64 and torch.equal(seen[0].sort().values, seen[1].sort().values)
+    assert not torch.equal(seen[0], seen[1])
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_resumed_run_ends_bit_identical_to_an_uninterrupted_one(tmp_path, monkeypatch, accumulation):
+    """Stopped in the middle of an epoch; crops, flips, masks, order, optimizer and schedules must all go on as they were."""
+    changes = dict(crop_scale=(0.5, 1.0), flip=True, batch_size=8, accumulation=accumulation)
+    train.train(tiny(tmp_path / "whole", **changes))
+    step, calls = train.train_step, []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(*arguments)
+
+    monkeypatch.setattr(train, "train_step", interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        train.train(tiny(tmp_path / "halves", **changes))
+    assert torch.load(tmp_path / "halves" / "checkpoint.pt")["progress"]["step"] == 5
+    monkeypatch.setattr(train, "train_step", step)
+    train.main(["--out", str(tmp_path / "halves"), "--resume"])
+    whole, halves = weights(tmp_path / "whole"), weights(tmp_path / "halves")
+    assert all(torch.equal(whole[name], halves[name]) for name in whole)
+    assert [row["loss"] for row in rows(tmp_path / "whole")] == [row["loss"] for row in rows(tmp_path / "halves")]
+
+
+def test_two_runs_with_one_seed_are_identical_and_another_seed_differs(tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        train.train(tiny(tmp_path / name, seed=seed, max_steps=3))
+    a, b, c = (weights(tmp_path / name) for name in "abc")
+    assert all(torch.equal(a[name], b[name]) for name in a) and not all(torch.equal(a[name], c[name]) for name in a)
+
+
+def test_load_run_gives_back_the_trained_encoders(tmp_path):
+    model = train.train(tiny(tmp_path, max_steps=2))
+    loaded, config, about = train.load_run(tmp_path)
+    assert not loaded.training and config.encoder == "16x1x2" and about["name"] == "shapes"
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), loaded.parameters()))
+
+
+def test_a_checkpoint_that_runs_code_is_refused(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/owned",)
+
+    torch.save({"model": Evil()}, tmp_path / "checkpoint.pt")
+    with pytest.raises(UsageError, match="cannot be read"):
+        train.load_run(tmp_path)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_resume_refuses_other_settings_and_other_data_naming_them(tmp_path, monkeypatch):
+    train.train(tiny(tmp_path, max_steps=2))
+    with pytest.raises(UsageError, match="--lr was 0.001, now 0.1"):
+        train.main(["--out", str(tmp_path), "--resume", "--lr", "0.1"])
+    monkeypatch.setattr("shapes.COUNT", {"train": 128, "test": 64})
+    with pytest.raises(UsageError, match="images, fingerprint"):
+        train.main(["--out", str(tmp_path), "--resume"])
+
+
+def test_the_run_folder_and_its_first_line(tmp_path, capsys):
+    train.train(tiny(tmp_path, max_steps=2))
+    assert {p.name for p in tmp_path.iterdir()} == {"config.json", "metrics.csv", "checkpoint.pt", "encoder.pt"}
+    assert json.loads((tmp_path / "config.json").read_text())["encoder"] == "16x1x2"
+    line = capsys.readouterr().out.splitlines()[0]
+    assert all(word in line for word in ("shapes: 64 images", "6x6 patches", "parameters", "2 steps of 16 images", "cpu", "about"))
+
+
+# --- configuration and command line --------------------------------------------------------------------------------------
+
+
+def test_every_setting_is_read_by_some_module():
+    sources = "".join((ROOT / name).read_text() for name in ("train.py", "models.py", "data.py", "evaluate.py"))
+    unread = [name for name in settings.Config.__dataclass_fields__ if f"config.{name}" not in sources]
+    assert unread == []
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_builds_its_model_and_masks(name):
+    config = from_preset(name)
+    with torch.device("meta"):
+        model = models.build(config)
+    masks = model.masking(64, torch.Generator().manual_seed(0))
+    assert len(masks.context) == 64 and masks.targets.shape[1] == config.num_targets
+
+
+def command(*arguments, module="train.py"):
+    return subprocess.run([sys.executable, ROOT / module, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT)
+
+
+def test_wrong_values_get_one_clear_line_and_exit_code_2(tmp_path):
+    """Run in this process but for two: the message is the same, and a process takes seconds to start."""
+    empty, grey = tmp_path / "empty", tmp_path / "float.npz"
+    empty.mkdir()
+    __import__("numpy").savez(grey, train_images=torch.zeros(4, 8, 8).numpy())
+    cases = [
+        (["--preset", "shape"], "preset 'shape' is none of shapes, cifar10"),
+        (["--patch-size", "5"], "--patch-size is 5: it must divide the image size of 24"),
+        (["--epochs", "0"], "--epochs is 0: it must be 1 or more"),
+        (["--loss", "l1"], "--loss is l1: choose one of smooth_l1, l2"),
+        (["--target-scale", "0.3", "0.2"], "--target-scale is"),
+        (["--encoder", "65x2x4"], "multiple of 4"),
+        (["--patch-size", "12"], "2x2 grid"),
+        (["--batch-size", "4096"], "fewer than one step"),
+        (["--dataset", "cifr10"], "nearest: cifar10"),
+        (["--dataset", empty], "no image in"),
+        (["--dataset", grey, "--image-size", "8"], "expected uint8"),
+        (["--resume"], "--resume needs --out"),
+        (["--resume", "--out", empty], "holds no checkpoint.pt"),
+        (["--preset", "stl10", "--split", "all"], "split of stl10 'all'"),
+    ]
+    for arguments, message in cases:
+        with pytest.raises(UsageError) as error:
+            train.main([*map(str, arguments), *([] if "--resume" in arguments else ["--out", str(tmp_path / "run")])])
+        assert message in str(error.value) and "\n" not in str(error.value), arguments
+    assert not (tmp_path / "run").exists()  # nothing is left behind by a run that never began
+    done = command("--preset", "shape")
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("error: preset") and len(done.stderr.splitlines()) == 1
+    assert command("--bogus", "1").returncode == 2
+
+
+def test_a_second_run_does_not_overwrite_the_first(tmp_path):
+    train.train(tiny(tmp_path, max_steps=1))
+    with pytest.raises(UsageError, match="already holds a run"):
+        train.main(["--out", str(tmp_path)])
+
+
+def test_help_shows_every_setting_with_its_default():
+    text = settings.parser("").format_help()
+    assert all("--" + name.replace("_", "-") in text for name in settings.Config.__dataclass_fields__)
+    assert "EMA momentum of the target encoder at the first step (paper .996) [0.996]" in " ".join(text.split())

@@ -1,0 +1,375 @@
+"""Pretrain I-JEPA: `python train.py --preset shapes`. The loop, the schedules, the EMA, checkpoints and resume.
+
+Everything that is scheduled (learning rate, weight decay, momentum) is a function of the *optimizer step*, never of the
+forward passes that accumulate into one: with 4 accumulation steps a warmup counted in forward passes would last 4 times too
+long. A run folder holds config.json, metrics.csv, checkpoint.pt (all that is needed to go on) and encoder.pt (the result).
+"""
+
+import contextlib
+import csv
+import itertools
+import json
+import math
+import os
+import pathlib
+import signal
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass
+
+import torch
+from tqdm import tqdm
+
+import config as settings
+import data
+import models
+from config import UsageError
+
+# Fields that may differ between a run and its continuation, because they cannot change its result.
+FREE_ON_RESUME = ("out", "device", "workers", "checkpoint_minutes", "data_dir")
+
+# --- schedules: functions of the optimizer step ------------------------------------------------------------------------
+
+
+def cosine(start, end, progress):
+    """From start to end along half a cosine, progress from 0 to 1."""
+    return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def schedules(config, step, total):
+    """Learning rate, weight decay and EMA momentum of optimizer step 0 <= step < total (paper appendix A.1), a dict of floats.
+
+    Differs: weight decay follows a cosine, as in the official code; the paper says linearly.
+    """
+    progress = step / max(total - 1, 1)  # 0 at the first step, 1 at the last
+    warmup = config.warmup * total
+    if step < warmup:
+        lr = config.lr_start + (config.lr - config.lr_start) * step / warmup
+    elif config.schedule == "constant":
+        lr = config.lr
+    else:
+        lr = cosine(config.lr, config.lr_final, (step - warmup) / max(total - 1 - warmup, 1))
+    return {
+        "lr": lr,
+        "weight_decay": cosine(config.weight_decay, config.weight_decay_final, progress),
+        "momentum": config.momentum + (config.momentum_final - config.momentum) * progress,
+    }
+
+
+# --- one step ----------------------------------------------------------------------------------------------------------
+
+
+def build_optimizer(config, model):
+    """The optimizer of a Config over the context encoder and the predictor; biases, norms and the mask token are not decayed.
+
+    Groups carry `decayed`, which says whether train_step gives them the schedule's weight decay or 0.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in trained if p.ndim > 1 or config.decay_all]
+    spared = [p for p in trained if not (p.ndim > 1 or config.decay_all)]
+    groups = [{"params": group, "decayed": flag} for group, flag in ((decayed, True), (spared, False)) if group]
+    fused = trained[0].device.type in ("cpu", "cuda")  # one kernel for all parameters
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.betas[0], fused=fused)
+    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
+    return kind(groups, lr=config.lr, betas=config.betas, fused=fused)
+
+
+def autocast(config, device):
+    """The precision context of a Config: bfloat16 needs no loss scaling, so there is no GradScaler to explain."""
+    use = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, torch.bfloat16) if use else contextlib.nullcontext()
+
+
+def train_step(config, model, optimizer, batches, step, total, generator):
+    """One optimizer step over `batches`, a list of normalised image batches float [B, C, H, W] (one for each accumulation).
+
+    Returns a dict: lr, weight_decay, momentum (floats); loss, grad_norm, target_std (tensors [], so that nothing here waits
+    for the device). target_std is the deviation of the layer-normed targets over the batch, averaged over the width: near 1
+    when images and places differ, near 0 when the target encoder has collapsed.
+    """
+    values = schedules(config, step, total)
+    for group in optimizer.param_groups:
+        group["lr"] = values["lr"]
+        group["weight_decay"] = values["weight_decay"] if group["decayed"] else 0.0
+    optimizer.zero_grad()
+    loss = 0.0
+    for images in batches:
+        with autocast(config, images.device):
+            output = model(images, generator=generator)  # targets under no_grad, context, predictions, loss
+        (output.loss / len(batches)).backward()
+        loss = loss + output.loss.detach() / len(batches)
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    grad_norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+    if config.clip_grad:
+        torch.nn.utils.clip_grads_with_norm_(trained, config.clip_grad, grad_norm)
+    optimizer.step()
+    model.update_target(values["momentum"])  # after the optimizer: the target follows the weights just learned
+    target_std = output.targets.float().flatten(0, 2).std(dim=0).mean()
+    return {"loss": loss, **values, "grad_norm": grad_norm, "target_std": target_std}
+
+
+# --- data, in an order that depends only on the seed ---------------------------------------------------------------------
+
+
+def image_stream(config, dataset, device, generator, start):
+    """Endless normalised batches float [B, C, H, W], from forward pass number `start` on: a new shuffle every epoch, whole
+    batches only. The order of an epoch depends on the seed and the epoch alone, so a run can be taken up in its middle."""
+    per_epoch = len(dataset) // config.batch_size
+    for epoch in itertools.count(start // per_epoch):
+        shuffle = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
+        order = torch.randperm(len(dataset), generator=shuffle)[: per_epoch * config.batch_size]
+        if epoch == start // per_epoch:
+            order = order[start % per_epoch * config.batch_size:]
+        yield from data.batches(dataset, config.batch_size, config.image_size, device, order, generator, config.crop_scale,
+                                config.flip, config.workers)
+
+
+# --- checkpoints -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Progress:
+    """How far a run has come: optimizer steps done, steps planned, seconds of training so far."""
+
+    step: int = 0
+    total: int = 0
+    seconds: float = 0.0
+
+
+def write(path, save):
+    """Call save(temporary path), flush to disk, rename: a reader finds the old file or the new one, never half of one."""
+    temporary = path.with_suffix(path.suffix + ".tmp")
+    save(temporary)
+    with open(temporary, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def save_checkpoint(folder, config, model, optimizer, generator, progress, about):
+    """Write checkpoint.pt, with everything the run needs to go on as if it had not stopped, and encoder.pt, its result."""
+    checkpoint = {
+        "config": asdict(config), "data": about, "progress": asdict(progress), "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(), "generator": generator.get_state(),
+    }
+    write(folder / "checkpoint.pt", lambda path: torch.save(checkpoint, path))
+    encoder = {"config": asdict(config), "data": about, "encoder": model.target_encoder.state_dict()}
+    write(folder / "encoder.pt", lambda path: torch.save(encoder, path))
+
+
+def load_checkpoint(folder, device):
+    """The dict that save_checkpoint wrote. Raises UsageError where there is none or it cannot be read."""
+    path = pathlib.Path(folder) / "checkpoint.pt"
+    if not path.exists():
+        raise UsageError(f"{folder} holds no checkpoint.pt; train with `python train.py --out {folder}` first")
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch raises many kinds for a damaged or an unsafe file
+        raise UsageError(f"{path} cannot be read ({str(error).splitlines()[0]}); train again with another --out") from error
+
+
+def load_run(folder, device="cpu"):
+    """A finished or unfinished run, ready to use: IJEPA in eval mode, its Config, and a dict with "name", "channels" and "axes"
+    of its data and its "progress" (step, total, seconds)."""
+    checkpoint = load_checkpoint(folder, device)
+    config, about = settings.from_dict(checkpoint["config"]), {**checkpoint["data"], "progress": checkpoint["progress"]}
+    model = models.build(config, about["channels"], about["axes"]).to(device)
+    model.load_state_dict(checkpoint["model"])
+    return model.eval(), config, about
+
+
+# --- the run -----------------------------------------------------------------------------------------------------------
+
+
+def pick_device(name):
+    """torch.device of 'auto', 'cpu', 'cuda' or 'mps'. Raises UsageError where this machine does not have it."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(device for device, found in there.items() if found))
+    if not there[name]:
+        raise UsageError(f"--device {name}: this machine has no {name}; it has {', '.join(d for d in there if there[d])}")
+    return torch.device(name)
+
+
+def describe(dataset):
+    """What a checkpoint keeps of its data: enough to rebuild the model and to notice other data on resume."""
+    _, channels, *sides = dataset.images.shape
+    return {"name": dataset.name, "images": len(dataset), "channels": channels, "axes": len(sides), "fingerprint": dataset.fingerprint()}
+
+
+def time_step(config, model, dataset, device):
+    """Seconds that one optimizer step takes, measured on two forward and backward passes that leave no trace in the run."""
+    generator = torch.Generator(device).manual_seed(0)
+    for _ in range(2):  # the first one warms up
+        start = time.perf_counter()
+        images = next(image_stream(config, dataset, device, generator, 0))
+        with autocast(config, device):
+            loss = model(images, generator=generator).loss
+        loss.backward()
+        loss.item()  # waits for the device
+        seconds = time.perf_counter() - start
+    model.zero_grad()
+    return seconds * config.accumulation
+
+
+def duration(seconds):
+    """Seconds in words: '45 s', '12 min', '3.4 h'."""
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def announce(config, model, dataset, device, progress, seconds_per_step):
+    """Print what is about to happen: device, images, parameters, steps, expected time."""
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
+    millions = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (model.context_encoder, model.predictor)]
+    images, grid = config.batch_size * config.accumulation, "x".join(map(str, model.masking.grid))
+    print(
+        f"{dataset.name}: {len(dataset):,} images, crops of {config.image_size} pixels in {grid} patches · "
+        f"encoder {config.encoder} {millions[0]:.2f} M, predictor {config.predictor} {millions[1]:.2f} M parameters · "
+        f"{progress.total - progress.step:,} steps of {images} images "
+        f"({(progress.total - progress.step) * images / len(dataset):.1f} epochs) on {where} · "
+        f"about {duration((progress.total - progress.step) * seconds_per_step)} · {config.out}", flush=True)
+
+
+class StopSignals:
+    """Within `with`, Ctrl-C and SIGTERM only set `.stop`, so that the step under way is finished before the run is saved."""
+
+    def __enter__(self):
+        self.stop, self.previous = False, {}
+        if threading.current_thread() is threading.main_thread():  # Python allows signal handlers there only
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.previous[number] = signal.signal(number, self._request)
+        return self
+
+    def _request(self, number, frame):
+        self.stop = True
+
+    def __exit__(self, *error):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+
+class Metrics:
+    """Appends rows to metrics.csv; on resume, rows after the checkpoint's step are dropped, for they will be written again."""
+
+    def __init__(self, path, after):
+        old = list(csv.DictReader(open(path))) if path.exists() else []
+        self.file = open(path, "w", newline="")
+        self.writer = None
+        for row in old:
+            if int(row["step"]) <= after:
+                self.append(row)
+
+    def append(self, row):
+        if self.writer is None:
+            self.writer = csv.DictWriter(self.file, row)
+            self.writer.writeheader()
+        self.writer.writerow(row)
+        self.file.flush()
+
+
+def train(config, resume=False):
+    """Pretrain as the Config says and fill its run folder; returns the IJEPA. Ctrl-C or SIGTERM: saves, says how to
+    go on, and exits with 130.
+
+    Raises UsageError where settings, data and folder do not go together.
+    """
+    folder, device = pathlib.Path(config.out), pick_device(config.device)
+    with torch.device("meta"):
+        models.build(config)  # refuses sizes and masks that cannot be, before the data is read
+    dataset = data.load(config.dataset, config.split, config.data_dir, config.image_size)
+    images_per_step = config.batch_size * config.accumulation
+    if len(dataset) < images_per_step:
+        raise UsageError(f"{dataset.name} has {len(dataset)} images, fewer than one step's {config.batch_size} x {config.accumulation}; "
+                         "lower --batch-size or --accumulation")
+    about, progress = describe(dataset), Progress()
+    torch.manual_seed(config.seed)
+    model = models.build(config, about["channels"], about["axes"]).to(device).train()
+    optimizer = build_optimizer(config, model)
+    generator = torch.Generator(device).manual_seed(config.seed)  # crops and masks
+    if resume:
+        progress = restore(folder, device, model, optimizer, generator, about)
+    folder.mkdir(parents=True, exist_ok=True)
+    write(folder / "config.json", lambda path: path.write_text(json.dumps(asdict(config), indent=2)))
+
+    seconds_per_step = time_step(config, model, dataset, device)
+    planned = config.epochs * (len(dataset) // images_per_step)
+    planned = min(planned, config.max_steps or planned)
+    budget = config.max_minutes * 60 or math.inf
+    progress.total = progress.total or min(planned, max(1, int(budget / seconds_per_step)) if config.max_minutes else planned)
+    announce(config, model, dataset, device, progress, seconds_per_step)
+
+    stream = image_stream(config, dataset, device, generator, progress.step * config.accumulation)
+    metrics = Metrics(folder / "metrics.csv", progress.step)
+    bar = tqdm(total=progress.total, initial=progress.step, unit="step", mininterval=0.5 if sys.stderr.isatty() else 30)
+    before, clock = progress.seconds, time.perf_counter()
+    start_step, last_save = progress.step, clock
+    with StopSignals() as signals:
+        while progress.step < progress.total and not signals.stop:
+            batches = list(itertools.islice(stream, config.accumulation))
+            values = train_step(config, model, optimizer, batches, progress.step, progress.total, generator)
+            progress.step += 1
+            progress.seconds = before + time.perf_counter() - clock
+            bar.update()
+            if progress.step % max(progress.total // 200, 1) == 0 or progress.step == progress.total:
+                values = {name: float(value) for name, value in values.items()}
+                rate = (progress.step - start_step) * images_per_step / (progress.seconds - before)
+                metrics.append({"step": progress.step, "epoch": round(progress.step * images_per_step / len(dataset), 3), **values,
+                                "images_per_second": round(rate, 1), "seconds": round(progress.seconds, 1)})
+                bar.set_postfix_str(f"loss {values['loss']:.4f}, {rate:.0f} images/s", refresh=False)
+                if config.max_minutes:  # fit what is left of the schedules to what is left of the time
+                    left = (budget - progress.seconds) * (progress.step - start_step) / (progress.seconds - before)
+                    bar.total = progress.total = min(planned, progress.step + max(0, int(left)))
+            if time.perf_counter() - last_save > 60 * config.checkpoint_minutes:
+                save_checkpoint(folder, config, model, optimizer, generator, progress, about)
+                last_save = time.perf_counter()
+        save_checkpoint(folder, config, model, optimizer, generator, progress, about)
+    bar.close()
+    if progress.step < progress.total:
+        print(f"stopped at step {progress.step:,} of {progress.total:,}; go on with: python train.py --out {folder} --resume")
+        sys.exit(130)
+    print(f"{progress.step:,} steps in {duration(progress.seconds)}; evaluate with: python evaluate.py {folder}")
+    return model
+
+
+def restore(folder, device, model, optimizer, generator, about):
+    """Load checkpoint.pt into what is given and return its Progress. Raises UsageError where the data is not the run's."""
+    checkpoint = load_checkpoint(folder, device)
+    differs = [name for name, value in about.items() if checkpoint["data"][name] != value]
+    if differs:
+        raise UsageError(f"the data is not what {folder} was trained on; these differ: {', '.join(differs)}")
+    model.load_state_dict(checkpoint["model"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    generator.set_state(checkpoint["generator"].cpu())
+    return Progress(**checkpoint["progress"])
+
+
+def resumed_config(arguments):
+    """The Config of the run in --out, with the flags given now; those that would change the result are refused."""
+    stored = load_checkpoint(arguments.out, "cpu")["config"]
+    given = {name: tuple(v) if isinstance(v, list) else v for name, v in vars(arguments).items() if name in stored}
+    changed = [name for name in given if name not in FREE_ON_RESUME and given[name] != stored[name]]
+    if changed:
+        raise UsageError(f"cannot resume {arguments.out} with other settings: " + "; ".join(
+            f"--{name.replace('_', '-')} was {stored[name]}, now {given[name]}" for name in changed))
+    return settings.from_dict({**stored, **given})
+
+
+def main(argv=None):
+    """The command line: flags are the fields of Config, and --resume."""
+    parser = settings.parser("Pretrain I-JEPA on a data set; without flags, on embedded images.")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    arguments = parser.parse_args(argv)
+    if arguments.resume:
+        if not getattr(arguments, "out", ""):
+            raise UsageError("--resume needs --out FOLDER, the run to go on with")
+        return train(resumed_config(arguments), resume=True)
+    config = settings.from_arguments(arguments)
+    config.out = config.out or f"runs/{config.preset}"
+    if (pathlib.Path(config.out) / "checkpoint.pt").exists():
+        raise UsageError(f"{config.out} already holds a run; add --resume to go on with it, or choose another --out")
+    return train(config)
+
+
+if __name__ == "__main__":
+    settings.run(main)
