@@ -2,7 +2,7 @@
 # make test   the whole test suite
 # make lint   style checks
 # make results  the three runs behind the README's table (15 minutes)
-# Both make their own environment in .venv; all that a machine needs is make and Python 3.10 or newer.
+# All make their own environment in .venv; all that a machine needs is make and Python 3.10 or newer.
 
 PYTHON ?= python3
 RUN := .venv/bin/python
@@ -28,7 +28,7 @@ test: .venv/ready
 	$(RUN) -m pytest tests
 
 results: .venv/ready
-	for seed in 0 1 2; do \
+	for seed in 0 1 2; do rm -rf runs/shapes-$$seed; \
 		$(RUN) train.py --seed $$seed --out runs/shapes-$$seed && $(RUN) evaluate.py runs/shapes-$$seed --seed $$seed && \
 		cp runs/shapes-$$seed/evaluation.json results/shapes_seed$$seed.json || exit 1; \
 	done

@@ -7,6 +7,10 @@ with a Joint-Embedding Predictive Architecture", CVPR 2023 (arXiv:2301.08243).
 
 import argparse
 import dataclasses
+import difflib
+import math
+import re
+import shlex
 import sys
 from dataclasses import dataclass, field
 
@@ -87,20 +91,20 @@ PRESETS = {
         dataset="stl10", split="train+unlabeled", image_size=96, patch_size=8, encoder="small", predictor="192x6x6",
         crop_scale=(0.3, 1.0), flip=True, epochs=100, batch_size=256, context_size=48,
     ),
-    # The STL-10 peer's recipe: ViT-B/16 at 224 pixels, 50 epochs.
+    # A public STL-10 recipe (ViT-B/16 at 224 pixels, 50 epochs), with our cosine for its linear weight decay.
     "stl10-vit-base": dict(
         dataset="stl10", split="unlabeled", image_size=224, patch_size=16, encoder="base", predictor="384x6x12", epochs=50,
         batch_size=64, accumulation=4, lr=1e-3, warmup=0.3, betas=(0.9, 0.95), loss="l2", min_keep=10,
     ),
-    # The CIFAR-10 peer's recipe (github.com/sombersomni/ijepa-homemade), with our loss averaged instead of summed.
+    # A public CIFAR-10 recipe (github.com/sombersomni/ijepa-homemade); ours averages the loss where it sums, and layer-norms targets.
     "cifar10-peer": dict(
         dataset="cifar10", image_size=32, patch_size=4, encoder="192x6x6", predictor="96x4x6", target_scale=(0.15, 0.25),
         context_scale=(0.75, 0.95), flip=True, epochs=100, batch_size=256, lr=1e-3, lr_final=1e-5, warmup=0.1,
         weight_decay=0.05, weight_decay_final=0.05, loss="l2",
     ),
-    # The paper's ViT-H/14 on ImageNet-1k; one process here, so the batch of 2048 is accumulated.
+    # ViT-H/14 on ImageNet-1k with the official code's schedules; one process here, so the batch of 2048 is accumulated.
     "imagenet-vit-huge": dict(
-        dataset="data/imagenet/train", image_size=224, patch_size=14, encoder="huge", predictor="384x12x16",
+        dataset="data/imagenet", image_size=224, patch_size=14, encoder="huge", predictor="384x12x16",
         crop_scale=(0.3, 1.0), epochs=300, batch_size=64, accumulation=32, warmup=40 / 300, lr_start=2e-4, min_keep=10,
         mask_mode="truncate",
     ),
@@ -129,6 +133,10 @@ def check(config):
     for f in dataclasses.fields(config):
         choices = f.metadata["choices"]
         need(not choices or getattr(config, f.name) in choices, f.name, f"choose one of {', '.join(choices or ())}")
+        value = getattr(config, f.name)
+        numbers = [v for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, float)]
+        need(all(map(math.isfinite, numbers)), f.name, "it must be a finite number")
+    need(0 <= config.seed < 2**31, "seed", "a whole number from 0 to 2147483647")
     for name in ("image_size", "patch_size", "num_targets", "epochs", "batch_size", "accumulation", "min_keep"):
         need(getattr(config, name) >= 1, name, "it must be 1 or more")
     for name in ("context_size", "max_steps", "max_minutes", "clip_grad", "weight_decay", "weight_decay_final", "lr_start", "lr_final",
@@ -147,9 +155,18 @@ def check(config):
          f"it must divide the image size of {config.image_size} pixels")
 
 
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, with the nearest flag where one is misspelt."""
+
+    def error(self, message):
+        unknown = re.search(r"unrecognized arguments: (--[\w-]+)", message)
+        near = difflib.get_close_matches(unknown[1], self._option_string_actions, 1) if unknown else []
+        raise UsageError(message + (f"; nearest: {near[0]}" if near else "") + " (--help lists what there is)")
+
+
 def parser(description):
     """An argument parser with one flag per Config field; `--help` shows each field's comment and default."""
-    p = argparse.ArgumentParser(description=description, epilog=f"presets: {', '.join(PRESETS)}", allow_abbrev=False)
+    p = Parser(description=description, epilog=f"presets: {', '.join(PRESETS)}", allow_abbrev=False)
     for f in dataclasses.fields(Config):
         flag, show = "--" + f.name.replace("_", "-"), str(f.default).strip("()").replace(",", "") or "empty"
         comment = f.metadata["comment"].replace("%", "%%") + f" [{show}]"
@@ -158,22 +175,39 @@ def parser(description):
         elif f.type in (int, float, str):
             p.add_argument(flag, type=f.type, default=argparse.SUPPRESS, metavar=f.type.__name__.upper(), help=comment)
         else:
-            p.add_argument(flag, type=float, nargs=2, default=argparse.SUPPRESS, metavar=("LEAST", "MOST"), help=comment)
+            p.add_argument(flag, type=float, nargs=2, default=argparse.SUPPRESS, metavar="NUMBER", help=comment)
     return p
 
 
+def given(arguments):
+    """The fields that parsed flags (an argparse Namespace) set, as a dict; names that are no field are left out."""
+    names = {f.name for f in dataclasses.fields(Config)}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in vars(arguments).items() if name in names}
+
+
 def from_arguments(arguments):
-    """The Config asked for by parsed command-line flags (an argparse Namespace; names that are no field are left out)."""
-    fields = {f.name: f for f in dataclasses.fields(Config)}
-    given = {name: value for name, value in vars(arguments).items() if name in fields}
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    return from_preset(given.pop("preset", "shapes"), **given)
+    """The Config asked for by parsed command-line flags."""
+    fields = given(arguments)
+    return from_preset(fields.pop("preset", "shapes"), **fields)
 
 
 def from_dict(values):
     """The Config that `dataclasses.asdict` wrote, as a JSON file or a checkpoint gives it back (tuples became lists)."""
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    return from_preset(values.pop("preset"), **values)
+    return from_arguments(argparse.Namespace(**values))
+
+
+def command(config):
+    """The command that trains with this Config: `python train.py` and a flag for each field that its preset leaves otherwise."""
+    preset, words = Config(preset=config.preset, **PRESETS[config.preset]), ["python train.py --preset", config.preset]
+    for name, value in vars(config).items():
+        flag = name.replace("_", "-")
+        if value == getattr(preset, name):
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words.append(f"--{flag} {' '.join(map(str, value)) if isinstance(value, tuple) else shlex.quote(str(value))}")
+    return " ".join(words)
 
 
 def run(main):
@@ -183,3 +217,5 @@ def run(main):
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit("interrupted")

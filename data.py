@@ -9,6 +9,7 @@ import hashlib
 import math
 import os
 import pickle
+import signal
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from download import ARCHIVES, fetch, one_line
 
 MEMORY_LIMIT = 4 * 2**30  # bytes of uint8 pixels that a folder may take in memory; above it, files are decoded when needed
 FOLDER_SIZE = 224  # pixels; side of a folder's images when the caller names none
+NAMES = ("shapes", *ARCHIVES)  # data sets with a name of their own; their images are flat, in three channels
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
 # Mean and standard deviation of each channel over the training images, pixels scaled to 0..1.
 STATISTICS = {
@@ -187,6 +189,9 @@ def read_cifar(name, split, data_dir):
     else:
         files, meta, label_key, names_key = [split], "meta", b"fine_labels", b"fine_label_names"
     pixels, labels = zip(*(unpickle(folder / file, b"data", label_key) for file in files))
+    for file, part, part_labels in zip(files, pixels, labels):
+        if getattr(part, "dtype", None) != np.uint8 or part.shape != (len(part_labels), 3072):
+            raise UsageError(f"{folder / file} does not hold uint8 images of 3072 values, a label each; delete {folder}")
     images = torch.from_numpy(np.concatenate(pixels)).view(-1, 3, 32, 32)  # [n, C, H, W]
     labels = torch.tensor([label for part in labels for label in part], dtype=torch.int64)  # [n]
     (class_names,) = unpickle(folder / meta, names_key)
@@ -270,7 +275,7 @@ def read_folder(folder, split, size):
 
     With train/ and test/ or val/ below it, each split is read from its own sub-folder (val stands in for test, and test
     for val) and train/ names the classes; otherwise the whole folder is the train split. Differs from the official code:
-    crops are cut from the stored centre square, not from the whole photograph, so that the images fit in memory.
+    crops are cut from the stored centre square, not from the whole photograph.
     """
     places = {part: folder / part for part in ("train", "test", "val") if (folder / part).is_dir()}
     if "train" not in places or len(places) == 1:
@@ -321,6 +326,8 @@ def npz_labels(path, arrays, key, n):
     if labels.ndim == 2 and labels.shape[1] > 1:
         print(f"{path}: {key} has {labels.shape[1]} labels an image; multi-label data is read without labels")
         return None
+    if labels.min() < 0:
+        raise UsageError(f"{path}: {key} holds {labels.min().item()}, expected class numbers from 0")
     return labels.flatten().to(torch.int64)  # [n]
 
 
@@ -363,7 +370,7 @@ def load(name, split="train", data_dir="data", image_size=None):
         return read_npz(path, split)
     if len(path.parts) > 1 or path.suffix.lower() == ".npz":
         raise UsageError(f"dataset {path} is neither a folder nor an .npz file (looked for {path.absolute()})")
-    check_known("dataset", name, ("shapes", *ARCHIVES), ", an image folder, or an .npz file")
+    check_known("dataset", name, NAMES, ", an image folder, or an .npz file")
 
 
 # ---- a batch, on its device
@@ -434,6 +441,11 @@ def random_flip(images, generator):
     return torch.where(mirrored.view(-1, *(1,) * (images.ndim - 1)), images.flip(-1), images)
 
 
+def ignore_ctrl_c(worker):
+    """Ctrl-C reaches the loader's processes too; the training loop alone decides when to stop."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def uint8_batches(images, batch_size, order, device, workers):
     """The images numbered `order`, uint8 [B, C, ...], in batches; from memory, or decoded by DataLoader's processes."""
     if not isinstance(images, LazyFolder):
@@ -443,7 +455,7 @@ def uint8_batches(images, batch_size, order, device, workers):
     chosen = torch.utils.data.Subset(images, order.tolist())
     # A generator of its own: the loader would otherwise draw from the global one and shift whatever is drawn from it next.
     loader = torch.utils.data.DataLoader(
-        chosen, batch_size, num_workers=workers, pin_memory=device.type == "cuda", generator=torch.Generator()
+        chosen, batch_size, num_workers=workers, pin_memory=device.type == "cuda", generator=torch.Generator(), worker_init_fn=ignore_ctrl_c
     )
     try:
         yield from loader

@@ -6,7 +6,6 @@ The features are the average of the patch tokens (appendix A.1); nothing here ch
 is tuned is tuned on part of the training images; the test images are looked at once. `n` images, `D` features, `K` classes.
 """
 
-import argparse
 import dataclasses
 import datetime
 import json
@@ -33,7 +32,7 @@ import train
 # Weights of the squared norm beside the *mean* cross-entropy, so that one grid serves 1,000 and 50,000 images; strongest first.
 STRENGTHS = tuple(10.0**e for e in range(2, -8, -1))
 ROWS = {"target": "target encoder", "context": "context encoder", "random": "random encoder", "pixels": "raw pixels"}
-PIXEL_SIDE = 96  # larger images are shrunk to this for the pixel rows: 224 x 224 x 3 floats an image would not fit in memory
+PIXEL_SIDE = {4: 32, 5: 16}  # larger images (volumes) are shrunk to this for the pixel rows: 224 x 224 x 3 features would take hours
 
 
 # ---- features ----
@@ -104,24 +103,26 @@ def linear_probe(train_x, train_y, test_x, test_y, seed=0, strengths=STRENGTHS):
 
     `train_x` [n, D] and `test_x` [m, D] are float, the labels int64 [n] and [m]. A tenth of the training images, the same share
     of every class, chooses the strength; the fit is then repeated on all training images, and the test set is scored once.
-    Gives `accuracy`, `strength`, `held_out_accuracy` and `at_edge` (the choice is the grid's first or last, so may lie beyond it).
-    Raises ValueError for fewer than two classes, or when no class has an image to hold out. Differs from the paper's protocol
+    Gives `accuracy`, `strength`, `held_out_accuracy` and `at_edge` (the choice is the grid's strongest, so a stronger one might be better;
+    the weakest of STRENGTHS is as good as none).
+    Raises UsageError for fewer than two classes, or when no class has an image to hold out. Differs from the paper's protocol
     (appendix A.1: SGD, batch norm, a sweep of learning rates): this problem is convex, so a solver needs no learning rate.
     """
     if len(train_x) != len(train_y) or len(test_x) != len(test_y):
         raise ValueError(f"a label for every image expected, got {len(train_y)} for {len(train_x)} and {len(test_y)} for {len(test_x)}")
     held_out = class_rank(train_y, seed)[0] % 10 == 1  # from the second image on, so that every class is left with one to learn from
     if not held_out.any() or len(train_y.unique()) < 2:
-        raise ValueError(f"a probe needs two classes and two images of one, got {train_y.unique(return_counts=True)[1].tolist()} of each")
+        raise config.UsageError(f"a probe needs two classes and two images of one, got {train_y.bincount().tolist()} of each")
     train_x, test_x = standardise(train_x, test_x)
     strengths = sorted(strengths, reverse=True)
     classifier = LogisticRegression(warm_start=True, max_iter=1000, tol=1e-4)
     path = []  # (held-out accuracy, weights, biases) at each strength
     # One thread: on features this small, the threads of NumPy's and SciPy's BLAS wait for each other, up to 40 times slower.
+    fit_x, fit_y, held_x, held_y = (part.numpy() for keep in (~held_out, held_out) for part in (train_x[keep], train_y[keep]))
     with threadpool_limits(1, "blas"):
         for strength in strengths:
-            fit(classifier, train_x[~held_out].numpy(), train_y[~held_out].numpy(), strength)
-            score = classifier.score(train_x[held_out].numpy(), train_y[held_out].numpy())
+            fit(classifier, fit_x, fit_y, strength)
+            score = classifier.score(held_x, held_y)
             path.append((score, classifier.coef_, classifier.intercept_))
             best = max(range(len(path)), key=lambda i: path[i][0])  # the first, so the strongest, of equals
             if len(path) - best > 2 and score < path[best][0] > path[-2][0]:
@@ -130,7 +131,7 @@ def linear_probe(train_x, train_y, test_x, test_y, seed=0, strengths=STRENGTHS):
         fit(classifier, train_x.numpy(), train_y.numpy(), strengths[best])
         accuracy = float(classifier.score(test_x.numpy(), test_y.numpy()))
     return {"accuracy": accuracy, "strength": strengths[best], "held_out_accuracy": float(path[best][0]),
-            "at_edge": best in (0, len(strengths) - 1)}
+            "at_edge": best == 0}
 
 
 # ---- nearest neighbours ----
@@ -162,7 +163,7 @@ def evaluate(encoders, train_set, test_set, image_size, device="cpu", seed=0, ba
     """
     parts = {name: lambda dataset, encoder=encoder: features(encoder, dataset, image_size, device, batch_size)
              for name, encoder in encoders.items()}
-    parts["pixels"] = lambda dataset: pixels(dataset, min(image_size, PIXEL_SIDE))
+    parts["pixels"] = lambda dataset: pixels(dataset, min(image_size, PIXEL_SIDE[len(train_set.images.shape)]))
     results = {}
     for name, extract in parts.items():
         start = time.perf_counter()
@@ -192,10 +193,10 @@ def table(results):
         lines.append(line.rstrip())
     edge = [ROWS.get(name, name) for name, probe in results["probe"].items() if probe["at_edge"]]
     if edge:
-        lines += ["", f"The probe's strength is at the edge of the grid for: {', '.join(edge)}. A wider grid might score higher."]
+        lines += ["", f"The probe chose its strongest regularisation for: {', '.join(edge)}. A stronger one might score higher."]
     if "target" in scores and scores["pixels"]["knn"] > scores["target"]["knn"]:
-        lines += ["", "The raw pixels' kNN beats the target encoder's: among this many labelled images there often is one that overlaps pixel",
-                  "by pixel, while the cosine of pooled features weighs colour as much as shape (README, How accuracy is measured)."]
+        lines += ["", "The raw pixels' kNN beats the target encoder's here: among the labelled images some match pixel by pixel,",
+                  "and the cosine of pooled features is not the distance that a probe learns (README, How accuracy is measured)."]
     return "\n".join(lines)
 
 
@@ -218,12 +219,13 @@ def random_encoder(run_config, about, device, seed):
 
 def arguments(argv):
     """The command line as a namespace."""
-    parser = argparse.ArgumentParser(prog="evaluate.py", description="Linear probe and kNN of a pretrained encoder, beside its baselines.")
+    parser = config.Parser(prog="evaluate.py", description="Linear probe and kNN of a pretrained encoder, beside its baselines.")
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder that train.py wrote")
     parser.add_argument("--train-images", type=int, default=10000, help="labelled training images; 0 is all (default 10000)")
     parser.add_argument("--test-images", type=int, default=0, help="test images; 0 is all (default 0)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the subsets, the held-out images and the random encoder (default 0)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto takes cuda, else mps, else cpu")
+    parser.add_argument("--dataset", help="labelled data with a train and a test split, where it is not what the run was trained on")
     parser.add_argument("--data-dir", help="folder of the data, where it is not the one the run was trained from")
     args = parser.parse_args(argv)
     if min(args.train_images, args.test_images) < 0:
@@ -237,19 +239,22 @@ def main(argv=None):
     device = train.pick_device(args.device)
     model, run_config, about = train.load_run(args.run, device)
     size, data_dir = run_config.image_size, args.data_dir or run_config.data_dir
-    train_set = labelled(run_config.dataset, "train", data_dir, size, args.train_images, args.seed)
-    test_set = labelled(run_config.dataset, "test", data_dir, size, args.test_images, args.seed)
+    name = args.dataset or run_config.dataset
+    train_set = labelled(name, "train", data_dir, size, args.train_images, args.seed)
+    test_set = labelled(name, "test", data_dir, size, args.test_images, args.seed)
+    if train_set.images.shape[1] != about["channels"]:
+        raise config.UsageError(f"{name} has {train_set.images.shape[1]} channels, the run's encoder takes {about['channels']}")
     encoders = {"target": model.target_encoder, "context": model.context_encoder,
                 "random": random_encoder(run_config, about, device, args.seed)}
     scores = evaluate(encoders, train_set, test_set, size, device, args.seed)
     results = {
-        "dataset": run_config.dataset, "split_sizes": {"train": len(train_set), "test": len(test_set)},
+        "dataset": name, "split_sizes": {"train": len(train_set), "test": len(test_set)},
         # What answering the commonest class every time would score.
         "chance": test_set.labels.bincount().max().item() / len(test_set),
         "features": {name: {"linear": score["linear"], "knn": score["knn"]} for name, score in scores.items()},
         "probe": {name: {key: score[key] for key in ("strength", "held_out_accuracy", "at_edge")} for name, score in scores.items()},
         "config": dataclasses.asdict(run_config),
-        "command": "python evaluate.py " + shlex.join(sys.argv[1:] if argv is None else map(str, argv)),
+        "commands": [config.command(run_config), "python evaluate.py " + shlex.join(sys.argv[1:] if argv is None else map(str, argv))],
         "training": about["progress"],
         "hardware": {"processor": platform.processor() or platform.machine(), "cpus": os.cpu_count(), "torch": torch.__version__,
                      "gpu": torch.cuda.get_device_name() if device.type == "cuda" else None},

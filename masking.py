@@ -67,16 +67,13 @@ class MultiBlockMasking:
         self.target_scale, self.target_aspect, self.context_scale = target_scale, target_aspect, context_scale
         self.context_size, self.min_keep, self.allow_overlap = context_size, max(min_keep, context_size), allow_overlap
         self.N = math.prod(self.grid)
-        # Longest side a draw can give on each axis: the largest area with the most favourable aspect ratios, rounded.
-        axes, (low, high) = len(self.grid), target_aspect
-        stretch = [high ** ((axes - 1) / axes) * low ** ((2 - axes) / axes)] * (axes - 1) + [low ** ((1 - axes) / axes)]
-        longest = [min(max(round(side * target_scale[1] ** (1 / axes) * s + 1e-4), 1), side) for side, s in zip(self.grid, stretch)]
-        free = self.N if allow_overlap else self.N - math.prod(longest)
+        largest = self._largest_block()
+        free = self.N if allow_overlap else self.N - math.prod(largest)
         if free < self.min_keep:
             what = f"{self.min_keep} context patches" if self.min_keep > 1 else "a context patch"
             raise UsageError(
                 f"masks on a {'x'.join(map(str, self.grid))} grid of {self.N} patches: a target block of scale up to {target_scale[1]} can "
-                f"take {'x'.join(map(str, longest))} = {math.prod(longest)} patches and leave fewer than {what}; "
+                f"take {'x'.join(map(str, largest))} = {math.prod(largest)} patches and leave fewer than {what}; "
                 f"use smaller patches, a smaller target_scale, or a smaller context_size or min_keep")
 
     def __call__(self, B, generator=None):
@@ -100,13 +97,24 @@ class MultiBlockMasking:
 
     def _sizes(self, shape, scale, aspect, generator, device):
         """Block sides in patches, int64 [*shape, axes]: area and aspect ratio are independent uniform draws."""
-        axes = len(self.grid)
         area = scale[0] + (scale[1] - scale[0]) * torch.rand(*shape, 1, generator=generator, device=device)
-        ratio = aspect[0] + (aspect[1] - aspect[0]) * torch.rand(*shape, axes - 1, generator=generator, device=device)
-        ratio = torch.cat([ratio, torch.ones_like(area)], dim=-1)  # [*shape, axes], relative to the last axis
+        ratio = aspect[0] + (aspect[1] - aspect[0]) * torch.rand(*shape, len(self.grid) - 1, generator=generator, device=device)
+        return self._sides(area, ratio)
+
+    def _sides(self, area, ratio):
+        """Sides in patches, int64 [..., axes], of blocks of `area` [..., 1] (of the grid) and `ratio` [..., axes - 1] to the last axis."""
+        axes = len(self.grid)
+        ratio = torch.cat([ratio, torch.ones_like(area)], dim=-1)  # [..., axes], relative to the last axis
         ratio = ratio / ratio.prod(-1, keepdim=True) ** (1 / axes)  # product 1, so that the area stays as drawn
-        grid = torch.tensor(self.grid, device=device)
-        return (grid * area ** (1 / axes) * ratio).round().long().clamp(min=1).minimum(grid)  # [*shape, axes]
+        grid = torch.tensor(self.grid, device=area.device)
+        return (grid * area ** (1 / axes) * ratio).round().long().clamp(min=1).minimum(grid)  # [..., axes]
+
+    def _largest_block(self):
+        """Sides of the target block with the most patches that a draw can give, a list: the largest area at many ratios."""
+        line = torch.linspace(*self.target_aspect, 200, device="cpu")  # not on "meta", where a model may be tried out
+        ratio = torch.cartesian_prod(*[line] * (len(self.grid) - 1)).view(-1, len(self.grid) - 1)  # [ratios, axes - 1]
+        sides = self._sides(torch.full((len(ratio), 1), self.target_scale[1], device="cpu"), ratio)  # [ratios, axes]
+        return sides[sides.prod(-1).argmax()].tolist()
 
     def _corners(self, sizes, generator):
         """First row and column of each block, int64 [B, M, axes], uniform over all places, the last included."""

@@ -163,7 +163,7 @@ class Encoder(nn.Module):
     """A vision transformer without class token, which can be given a part of the patches (paper section 3).
 
     image_size: pixels of the square (or cubic) image, or one number an axis; patch_size: pixels, the same on every axis;
-    size: a name of SIZES or 'width x depth x heads'. Has `.width` (D) and `.grid`.
+    size: a name of SIZES or 'width x depth x heads'. Has `.width` (D), `.grid` and `.image_size`.
     Raises UsageError where the patch does not divide the image.
     """
 
@@ -171,7 +171,7 @@ class Encoder(nn.Module):
         super().__init__()
         sides = (image_size,) * axes if isinstance(image_size, int) else tuple(image_size)
         self.width, depth, heads, mlp_ratio = parse_size(size)
-        self.patch_size, self.grid = patch_size, self._grid(sides, patch_size)
+        self.image_size, self.patch_size, self.grid = sides, patch_size, self._grid(sides, patch_size)
         self.patch_embed = PatchEmbed(patch_size, channels, self.width, len(sides))
         self.register_buffer("positions", sincos_positions(self.grid, self.width), persistent=False)
         self.blocks = nn.ModuleList(Block(self.width, heads, mlp_ratio) for _ in range(depth))
@@ -281,6 +281,8 @@ class IJEPA(nn.Module):
         drawn from `generator`. In eval mode without masks -> the target encoder's tokens of every patch [B, N, D]."""
         if masks is None and not self.training:
             return self.target_encoder(images)  # [B, N, D]
+        if hasattr(self.context_encoder, "image_size") and tuple(images.shape[2:]) != self.context_encoder.image_size:
+            raise UsageError(f"the model was built for images of {self.context_encoder.image_size} pixels, got {tuple(images.shape[2:])}")
         masks = (masks or self.masking(len(images), generator)).to(images.device)
         targets = self.targets(images, masks)  # [B, M, Nt, D]
         context = self.context_encoder(images, masks.context, masks.context_valid)  # [B, Nc, D]

@@ -104,7 +104,7 @@ def draw(labels, generator, size=SIZE):
 
 
 def make(split, chunk=1000):
-    """The images of a split: uint8 [n, 3, 24, 24], labels int64 [n], names of the kinds. The same on every machine and run."""
+    """The images of a split: uint8 [n, 3, 24, 24], labels int64 [n], names of the kinds. The same in every run on one kind of machine."""
     images, labels = [], []
     for number in range(COUNT[split] // chunk):  # a seed for each chunk, so that no split shares an image with another
         generator = torch.Generator().manual_seed(list(COUNT).index(split) * 1_000_000 + number)

@@ -26,8 +26,8 @@ import data
 import models
 from config import UsageError
 
-# Fields that may differ between a run and its continuation, because they cannot change its result.
-FREE_ON_RESUME = ("out", "device", "workers", "checkpoint_minutes", "data_dir")
+# Fields that may differ between a run and its continuation: they cannot change its result, or what they name is compared itself.
+FREE_ON_RESUME = ("out", "device", "workers", "checkpoint_minutes", "data_dir", "dataset")
 
 # --- schedules: functions of the optimizer step ------------------------------------------------------------------------
 
@@ -85,9 +85,7 @@ def autocast(config, device):
 def train_step(config, model, optimizer, batches, step, total, generator):
     """One optimizer step over `batches`, a list of normalised image batches float [B, C, H, W] (one for each accumulation).
 
-    Returns a dict: lr, weight_decay, momentum (floats); loss, grad_norm, target_std (tensors [], so that nothing here waits
-    for the device). target_std is the deviation of the layer-normed targets over the batch, averaged over the width: near 1
-    when images and places differ, near 0 when the target encoder has collapsed.
+    Returns a dict: lr, weight_decay, momentum (floats); loss, grad_norm (tensors [], so that nothing here waits for the device).
     """
     values = schedules(config, step, total)
     for group in optimizer.param_groups:
@@ -106,8 +104,18 @@ def train_step(config, model, optimizer, batches, step, total, generator):
         torch.nn.utils.clip_grads_with_norm_(trained, config.clip_grad, grad_norm)
     optimizer.step()
     model.update_target(values["momentum"])  # after the optimizer: the target follows the weights just learned
-    target_std = output.targets.float().flatten(0, 2).std(dim=0).mean()
-    return {"loss": loss, **values, "grad_norm": grad_norm, "target_std": target_std}
+    return {"loss": loss, **values, "grad_norm": grad_norm}
+
+
+@torch.no_grad()
+def target_deviation(model, images):
+    """How much the layer-normed target features differ between images at the same place, averaged over places and width.
+
+    images float [B, C, H, W] -> tensor []: near 1 when features tell images apart, near 0 when the target encoder has collapsed
+    to an answer that depends on the place alone.
+    """
+    tokens = model.target_encoder(images).float()  # [B, N, D]
+    return torch.nn.functional.layer_norm(tokens, tokens.shape[-1:]).std(dim=0).mean()
 
 
 # --- data, in an order that depends only on the seed ---------------------------------------------------------------------
@@ -149,6 +157,7 @@ def write(path, save):
 
 def save_checkpoint(folder, config, model, optimizer, generator, progress, about):
     """Write checkpoint.pt, with everything the run needs to go on as if it had not stopped, and encoder.pt, its result."""
+    about = {**about, "device": generator.device.type}
     checkpoint = {
         "config": asdict(config), "data": about, "progress": asdict(progress), "model": model.state_dict(),
         "optimizer": optimizer.state_dict(), "generator": generator.get_state(),
@@ -164,9 +173,12 @@ def load_checkpoint(folder, device):
     if not path.exists():
         raise UsageError(f"{folder} holds no checkpoint.pt; train with `python train.py --out {folder}` first")
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        if not {"config", "data", "progress", "model", "optimizer", "generator"} <= set(checkpoint):
+            raise UsageError("it is no checkpoint of train.py")
+        return checkpoint
     except Exception as error:  # torch raises many kinds for a damaged or an unsafe file
-        raise UsageError(f"{path} cannot be read ({str(error).splitlines()[0]}); train again with another --out") from error
+        raise UsageError(f"{path} cannot be read ({data.one_line(error)[:200]}); train again with another --out") from error
 
 
 def load_run(folder, device="cpu"):
@@ -199,14 +211,22 @@ def describe(dataset):
 
 
 def time_step(config, model, dataset, device):
-    """Seconds that one optimizer step takes, measured on two forward and backward passes that leave no trace in the run."""
+    """Seconds that one optimizer step takes, measured on two forward and backward passes that leave no trace in the run.
+
+    Raises UsageError where the device's memory is too small.
+    """
     generator = torch.Generator(device).manual_seed(0)
+    stream = image_stream(config, dataset, device, generator, 0)
     for _ in range(2):  # the first one warms up
         start = time.perf_counter()
-        images = next(image_stream(config, dataset, device, generator, 0))
-        with autocast(config, device):
-            loss = model(images, generator=generator).loss
-        loss.backward()
+        images = next(stream)
+        try:
+            with autocast(config, device):
+                loss = model(images, generator=generator).loss
+            loss.backward()
+        except torch.OutOfMemoryError:
+            raise UsageError(f"a batch of {config.batch_size} images does not fit in the memory of {device}; "
+                             "lower --batch-size and raise --accumulation as much") from None
         loss.item()  # waits for the device
         seconds = time.perf_counter() - start
     model.zero_grad()
@@ -214,8 +234,8 @@ def time_step(config, model, dataset, device):
 
 
 def duration(seconds):
-    """Seconds in words: '45 s', '12 min', '3.4 h'."""
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+    """Seconds in words: '45 s', '4.6 min', '3.4 h'."""
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def announce(config, model, dataset, device, progress, seconds_per_step):
@@ -242,6 +262,8 @@ class StopSignals:
         return self
 
     def _request(self, number, frame):
+        if self.stop:  # asked twice: at once
+            raise KeyboardInterrupt
         self.stop = True
 
     def __exit__(self, *error):
@@ -274,9 +296,13 @@ def train(config, resume=False):
 
     Raises UsageError where settings, data and folder do not go together.
     """
+    config.out = config.out or f"runs/{config.preset}"
     folder, device = pathlib.Path(config.out), pick_device(config.device)
-    with torch.device("meta"):
-        models.build(config)  # refuses sizes and masks that cannot be, before the data is read
+    if not resume and (folder / "checkpoint.pt").exists():
+        raise UsageError(f"{folder} already holds a run; add --resume to go on with it, or choose another --out")
+    if config.dataset in data.NAMES:  # three channels, two axes
+        with torch.device("meta"):
+            models.build(config)  # refuses sizes and masks that cannot be, before the data is read
     dataset = data.load(config.dataset, config.split, config.data_dir, config.image_size)
     images_per_step = config.batch_size * config.accumulation
     if len(dataset) < images_per_step:
@@ -289,10 +315,14 @@ def train(config, resume=False):
     generator = torch.Generator(device).manual_seed(config.seed)  # crops and masks
     if resume:
         progress = restore(folder, device, model, optimizer, generator, about)
-    folder.mkdir(parents=True, exist_ok=True)
-    write(folder / "config.json", lambda path: path.write_text(json.dumps(asdict(config), indent=2)))
-
+    if device.type == "cuda" and isinstance(dataset.images, torch.Tensor) and dataset.images.nbytes < torch.cuda.mem_get_info()[0] / 4:
+        dataset.images = dataset.images.to(device)  # an epoch then copies nothing
     seconds_per_step = time_step(config, model, dataset, device)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out {folder} cannot be made a folder ({data.one_line(error)})") from None
+    write(folder / "config.json", lambda path: path.write_text(json.dumps(asdict(config), indent=2)))
     planned = config.epochs * (len(dataset) // images_per_step)
     planned = min(planned, config.max_steps or planned)
     budget = config.max_minutes * 60 or math.inf
@@ -313,6 +343,9 @@ def train(config, resume=False):
             bar.update()
             if progress.step % max(progress.total // 200, 1) == 0 or progress.step == progress.total:
                 values = {name: float(value) for name, value in values.items()}
+                if not math.isfinite(values["loss"]):
+                    raise UsageError(f"the loss is {values['loss']} at step {progress.step}; lower --lr ({config.lr}) or set --clip-grad 1")
+                values["target_std"] = float(target_deviation(model, batches[-1]))
                 rate = (progress.step - start_step) * images_per_step / (progress.seconds - before)
                 metrics.append({"step": progress.step, "epoch": round(progress.step * images_per_step / len(dataset), 3), **values,
                                 "images_per_second": round(rate, 1), "seconds": round(progress.seconds, 1)})
@@ -333,8 +366,11 @@ def train(config, resume=False):
 
 
 def restore(folder, device, model, optimizer, generator, about):
-    """Load checkpoint.pt into what is given and return its Progress. Raises UsageError where the data is not the run's."""
+    """Load checkpoint.pt into what is given and return its Progress. Raises UsageError where data or device is not the run's."""
     checkpoint = load_checkpoint(folder, device)
+    if checkpoint["data"]["device"] != device.type:  # another generator draws other crops and masks
+        raise UsageError(f"{folder} was trained on {checkpoint['data']['device']} and can only go on there, but this is {device.type}; "
+                         "use --device, or that machine")
     differs = [name for name, value in about.items() if checkpoint["data"][name] != value]
     if differs:
         raise UsageError(f"the data is not what {folder} was trained on; these differ: {', '.join(differs)}")
@@ -347,7 +383,7 @@ def restore(folder, device, model, optimizer, generator, about):
 def resumed_config(arguments):
     """The Config of the run in --out, with the flags given now; those that would change the result are refused."""
     stored = load_checkpoint(arguments.out, "cpu")["config"]
-    given = {name: tuple(v) if isinstance(v, list) else v for name, v in vars(arguments).items() if name in stored}
+    given = settings.given(arguments)
     changed = [name for name in given if name not in FREE_ON_RESUME and given[name] != stored[name]]
     if changed:
         raise UsageError(f"cannot resume {arguments.out} with other settings: " + "; ".join(
@@ -364,11 +400,7 @@ def main(argv=None):
         if not getattr(arguments, "out", ""):
             raise UsageError("--resume needs --out FOLDER, the run to go on with")
         return train(resumed_config(arguments), resume=True)
-    config = settings.from_arguments(arguments)
-    config.out = config.out or f"runs/{config.preset}"
-    if (pathlib.Path(config.out) / "checkpoint.pt").exists():
-        raise UsageError(f"{config.out} already holds a run; add --resume to go on with it, or choose another --out")
-    return train(config)
+    return train(settings.from_arguments(arguments))
 
 
 if __name__ == "__main__":

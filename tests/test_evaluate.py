@@ -133,7 +133,7 @@ def test_table_admits_it_only_when_the_pixels_win():
     assert "pixels' kNN beats" in evaluate.table(result(0.30, 0.35))
     text = evaluate.table(result(0.40, 0.35))
     assert "pixels' kNN beats" not in text
-    assert "10.0% by chance" in text and "edge of the grid for: context encoder" in text
+    assert "10.0% by chance" in text and "strongest regularisation for: context encoder" in text
     target = next(line for line in text.splitlines() if line.startswith("target encoder"))
     assert target.split()[2:] == ["50.0", "+0.0", "+0.0", "40.0", "+15.0", "+5.0"]  # points over random, over pixels
 
@@ -161,7 +161,7 @@ def test_main_prints_the_table_and_writes_the_numbers(run, capsys):
     assert set(written["features"]) == {"target", "context", "random", "pixels"}
     assert all(0 <= score[measure] <= 1 for score in written["features"].values() for measure in ("linear", "knn"))
     assert written["features"]["target"] == written["features"]["random"]  # the same stand-in: no difference may appear
-    assert "--train-images 100" in written["command"] and written["config"]["image_size"] == 8
+    assert "--train-images 100" in written["commands"][1] and written["config"]["image_size"] == 8
     assert [path.name for path in run.iterdir()] == ["evaluation.json"]  # no temporary file is left
 
 

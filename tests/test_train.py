@@ -4,6 +4,8 @@ import csv
 import json
 import os
 import pathlib
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import torch
 
 import config as settings
 import data
+import evaluate
 import models
 import train
 from config import PRESETS, Config, UsageError, from_preset
@@ -76,15 +79,15 @@ def test_schedules_count_optimizer_steps_not_forward_passes(tmp_path):
 
 
 def test_max_steps_fits_the_schedules_to_the_shorter_run(tmp_path):
-    train.train(tiny(tmp_path, max_steps=5))
+    train.train(tiny(tmp_path, max_steps=5, momentum_final=1.0))
     assert len(rows(tmp_path)) == 5
     assert float(rows(tmp_path)[-1]["lr"]) == pytest.approx(Config.lr_final) and float(rows(tmp_path)[-1]["momentum"]) == 1.0
 
 
 def test_max_minutes_ends_in_time_with_the_schedules_run_out(tmp_path):
-    train.train(tiny(tmp_path, epochs=100_000, max_minutes=0.05))
+    train.train(tiny(tmp_path, epochs=100_000, max_minutes=0.05, momentum_final=1.0))
     last = rows(tmp_path)[-1]
-    assert 2 < float(last["seconds"]) < 5  # 3 s asked for; one interval of re-fitting either way
+    assert 2 < float(last["seconds"]) < 6  # 3 s asked for; the speed is measured anew at every row of metrics.csv
     assert float(last["momentum"]) > 0.9999 and float(last["lr"]) < 1e-5
 
 
@@ -201,11 +204,45 @@ def test_a_checkpoint_that_runs_code_is_refused(tmp_path):
 
 def test_resume_refuses_other_settings_and_other_data_naming_them(tmp_path, monkeypatch):
     train.train(tiny(tmp_path, max_steps=2))
-    with pytest.raises(UsageError, match="--lr was 0.001, now 0.1"):
+    with pytest.raises(UsageError, match="--lr was 0.004, now 0.1"):
         train.main(["--out", str(tmp_path), "--resume", "--lr", "0.1"])
     monkeypatch.setattr("shapes.COUNT", {"train": 128, "test": 64})
     with pytest.raises(UsageError, match="images, fingerprint"):
         train.main(["--out", str(tmp_path), "--resume"])
+
+
+def test_a_run_from_another_kind_of_device_is_not_resumed(tmp_path):
+    train.train(tiny(tmp_path, max_steps=2))
+    checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    checkpoint["data"]["device"] = "cuda"
+    torch.save(checkpoint, tmp_path / "checkpoint.pt")
+    with pytest.raises(UsageError, match="trained on cuda"):
+        train.main(["--out", str(tmp_path), "--resume"])
+
+
+def test_target_deviation_is_zero_for_an_encoder_that_ignores_the_image():
+    """Features that depend on the place alone have collapsed, however different the places are."""
+    model = models.build(tiny("-"))
+    images = torch.randn(8, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+    assert train.target_deviation(model, images) > 0.1
+    torch.nn.init.zeros_(model.target_encoder.patch_embed.project.weight)
+    assert train.target_deviation(model, images) < 1e-5
+
+
+def test_train_then_evaluate_end_to_end(tmp_path, monkeypatch, capsys):
+    """The real chain, from a checkpoint to the table and evaluation.json; nothing is stood in for."""
+    monkeypatch.setattr("shapes.make.__defaults__", (200,))
+    monkeypatch.setattr("shapes.COUNT", {"train": 200, "test": 200})
+    train.train(tiny(tmp_path, max_steps=4))
+    evaluate.main([str(tmp_path), "--train-images", "150"])
+    results = json.loads((tmp_path / "evaluation.json").read_text())
+    assert results["dataset"] == "shapes" and results["split_sizes"] == {"train": 150, "test": 200}
+    assert set(results["features"]) == {"target", "context", "random", "pixels"}
+    assert all(0 <= score[measure] <= 1 for score in results["features"].values() for measure in ("linear", "knn"))
+    assert results["training"]["step"] == 4 and "train.py --preset shapes" in results["commands"][0]
+    assert "raw pixels" in capsys.readouterr().out
+    with pytest.raises(UsageError, match="two images of one"):
+        evaluate.main([str(tmp_path), "--train-images", "10"])
 
 
 def test_the_run_folder_and_its_first_line(tmp_path, capsys):
@@ -221,7 +258,7 @@ def test_the_run_folder_and_its_first_line(tmp_path, capsys):
 
 def test_every_setting_is_read_by_some_module():
     sources = "".join((ROOT / name).read_text() for name in ("train.py", "models.py", "data.py", "evaluate.py"))
-    unread = [name for name in settings.Config.__dataclass_fields__ if f"config.{name}" not in sources]
+    unread = [name for name in settings.Config.__dataclass_fields__ if not re.search(rf"config\.{name}\b", sources)]
     assert unread == []
 
 
@@ -234,12 +271,8 @@ def test_every_preset_builds_its_model_and_masks(name):
     assert len(masks.context) == 64 and masks.targets.shape[1] == config.num_targets
 
 
-def command(*arguments, module="train.py"):
-    return subprocess.run([sys.executable, ROOT / module, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT)
-
-
 def test_wrong_values_get_one_clear_line_and_exit_code_2(tmp_path):
-    """Run in this process but for two: the message is the same, and a process takes seconds to start."""
+    """Run in this process but for three: the message is the same, and a process takes seconds to start."""
     empty, grey = tmp_path / "empty", tmp_path / "float.npz"
     empty.mkdir()
     __import__("numpy").savez(grey, train_images=torch.zeros(4, 8, 8).numpy())
@@ -247,6 +280,10 @@ def test_wrong_values_get_one_clear_line_and_exit_code_2(tmp_path):
         (["--preset", "shape"], "preset 'shape' is none of shapes, cifar10"),
         (["--patch-size", "5"], "--patch-size is 5: it must divide the image size of 24"),
         (["--epochs", "0"], "--epochs is 0: it must be 1 or more"),
+        (["--epochs", "ten"], "argument --epochs: invalid int value: 'ten'"),
+        (["--bath-size", "8"], "nearest: --batch-size"),
+        (["--max-minutes", "inf"], "--max-minutes is inf: it must be a finite number"),
+        (["--seed", "100000000000000"], "--seed is"),
         (["--loss", "l1"], "--loss is l1: choose one of smooth_l1, l2"),
         (["--target-scale", "0.3", "0.2"], "--target-scale is"),
         (["--encoder", "65x2x4"], "multiple of 4"),
@@ -263,16 +300,27 @@ def test_wrong_values_get_one_clear_line_and_exit_code_2(tmp_path):
         with pytest.raises(UsageError) as error:
             train.main([*map(str, arguments), *([] if "--resume" in arguments else ["--out", str(tmp_path / "run")])])
         assert message in str(error.value) and "\n" not in str(error.value), arguments
-    assert not (tmp_path / "run").exists()  # nothing is left behind by a run that never began
-    done = command("--preset", "shape")
-    assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("error: preset") and len(done.stderr.splitlines()) == 1
-    assert command("--bogus", "1").returncode == 2
+        assert not (tmp_path / "run").exists()  # nothing is left behind by a run that never began
+    for arguments in (["train.py", "--preset", "shape"], ["train.py", "--bogus", "1"], ["evaluate.py", empty]):
+        done = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error: ")
+
+
+def test_a_loss_that_is_no_number_ends_the_run_with_a_line_that_says_what_to_try(tmp_path):
+    with pytest.raises(UsageError, match="the loss is nan at step .*; lower --lr"):
+        train.train(tiny(tmp_path, lr=1e30, optimizer="sgd"))
 
 
 def test_a_second_run_does_not_overwrite_the_first(tmp_path):
     train.train(tiny(tmp_path, max_steps=1))
     with pytest.raises(UsageError, match="already holds a run"):
         train.main(["--out", str(tmp_path)])
+
+
+def test_the_recorded_command_makes_the_same_settings():
+    config = from_preset("cifar10", lr=2e-3, flip=False, crop_scale=(0.5, 1.0), out="runs/my run")
+    words = shlex.split(settings.command(config))[2:]
+    assert settings.from_arguments(settings.parser("").parse_args(words)) == config and len(words) == 10
 
 
 def test_help_shows_every_setting_with_its_default():

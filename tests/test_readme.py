@@ -1,0 +1,57 @@
+"""The README's numbers are those of results/, and its commands and files exist."""
+
+import json
+import pathlib
+import re
+import statistics
+
+import config
+
+ROOT = pathlib.Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def table_row(name, heading):
+    """The numbers of the row that starts with `name` in the README's section `heading`."""
+    section = README.split(heading, 1)[1].split("\n#", 1)[0]
+    row = next(line for line in section.splitlines() if line.startswith(f"| {name} "))
+    return [cell.strip() for cell in row.strip("|").split("|")[1:]]
+
+
+def test_the_shapes_table_is_the_mean_and_deviation_of_the_three_committed_runs():
+    runs = [json.loads((ROOT / f"results/shapes_seed{seed}.json").read_text()) for seed in range(3)]
+    for name in ("target encoder", "context encoder", "random encoder", "raw pixels"):
+        for measure, cell in zip(("linear", "knn"), table_row(name, "### Embedded shapes")):
+            values = [100 * run["features"][name.split()[0 if "raw" not in name else 1]][measure] for run in runs]
+            assert cell == f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+
+
+def test_the_target_beats_both_baselines_by_40_points_in_every_committed_run_and_in_under_5_minutes():
+    for seed in range(3):
+        run = json.loads((ROOT / f"results/shapes_seed{seed}.json").read_text())
+        linear = {name: score["linear"] for name, score in run["features"].items()}
+        assert linear["target"] - max(linear["random"], linear["pixels"]) > 0.40 and run["training"]["seconds"] < 300
+
+
+def test_the_committed_shapes_runs_are_those_of_todays_preset():
+    today = config.from_preset("shapes")
+    for seed in range(3):
+        run = json.loads((ROOT / f"results/shapes_seed{seed}.json").read_text())
+        then = config.from_dict(run["config"])
+        changed = [f for f in vars(today) if f not in ("seed", "out") and getattr(today, f) != getattr(then, f)]
+        assert changed == [] and then.seed == seed
+
+
+def test_the_cifar_table_is_the_committed_run():
+    run = json.loads((ROOT / "results/cifar10_cpu.json").read_text())
+    for name in ("target encoder", "context encoder", "random encoder", "raw pixels"):
+        score = run["features"][name.split()[0 if "raw" not in name else 1]]
+        assert table_row(name, "### CIFAR-10") == [f"{100 * score['linear']:.1f}", f"{100 * score['knn']:.1f}"]
+
+
+def test_every_file_and_preset_the_readme_names_exists():
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
+    assert links and all((ROOT / link).exists() for link in links)
+    assert set(re.findall(r"--preset ([a-z0-9-]+)", README)) <= set(config.PRESETS)
+    flags = {"--" + name.replace("_", "-") for name in vars(config.Config())} | {"--resume", "--train-images"}
+    assert set(re.findall(r"(?<![-\w])--[a-z-]+", README)) <= flags
