@@ -1,4 +1,4 @@
-# make demo   pretrain on embedded images, probe, write results to runs/demo (CPU, minutes)
+# make demo   pretrain on embedded images, probe, draw figures, all in runs/demo (CPU, minutes)
 # make test   the whole test suite
 # make lint   style checks
 # make results  the three runs behind the README's table (15 minutes)
@@ -22,7 +22,8 @@ demo: .venv/ready
 	@rm -rf runs/demo
 	$(RUN) train.py --out runs/demo
 	$(RUN) evaluate.py runs/demo
-	@echo; echo "All of it lies in runs/demo: config.json, metrics.csv, encoder.pt and evaluation.json."
+	$(RUN) predict_and_visualize.py runs/demo
+	@echo; echo "All of it lies in runs/demo: metrics.csv, encoder.pt, evaluation.json, and the figures named above."
 
 test: .venv/ready
 	$(RUN) -m pytest tests

@@ -297,6 +297,7 @@ def read_folder(folder, split, size):
             print(f"{loose} images lie in {place} beside its class folders; left out")
     if len(paths) * 3 * size * size > MEMORY_LIMIT:
         images = LazyFolder(paths, size)
+        print(f"{len(paths):,} images of {size} pixels are too many for memory: decoded when needed, and converted where they are not RGB")
     else:
         images, kept = decode_all(paths, size)
         labels = None if labels is None else labels[kept]

@@ -7,7 +7,6 @@ tests call it. Colours are Okabe and Ito's, which colour-blind readers tell apar
 float [B, 3, H, W] in 0..1.
 """
 
-import argparse
 import csv
 import json
 from pathlib import Path
@@ -230,7 +229,8 @@ def neighbours_figure(model, untrained, images, pictures, masks, gallery_images,
         return filled
 
     def to_image(flat):
-        return flat.unflatten(1, grid).unflatten(-1, (3, patch, patch)).permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)  # [B, 3, H, W]
+        """patchify undone: [B, N, 3 * patch**2] -> [B, 3, H, W]."""
+        return flat.unflatten(1, grid).unflatten(-1, (3, patch, patch)).permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
 
     predicted, true = block_features(model, images, masks, model.predictor)
     guess, _ = block_features(model, images, masks, untrained)
@@ -340,21 +340,21 @@ def comparison_figure(results):
 
 
 def held_out(dataset, count, seed):
-    """`count` images of each of two disjoint random sets: their numbers, int64 [count] (queries) and the rest (gallery)."""
+    """Two disjoint random sets of image numbers: `count` queries, int64 [count], and all the rest for galleries."""
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
     return order[:count], order[count:]
 
 
 def main(argv=None):
     """Write the figures of one run; raises UsageError for what the user can put right."""
-    parser = argparse.ArgumentParser(prog="predict_and_visualize.py", description="Write every figure of a run into RUN/figures.")
+    parser = config.Parser(prog="predict_and_visualize.py", description="Write every figure of a run into RUN/figures.")
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder that train.py wrote")
     parser.add_argument("--data-dir", help="folder of the data, where it is not the one the run was trained from")
     parser.add_argument("--images", type=int, default=2000, help="held-out images in the galleries and t-SNE (default 2000)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the images and masks shown (default 0)")
     args = parser.parse_args(argv)
-    if args.images < 50:
-        raise config.UsageError(f"--images is {args.images}: it must be 50 or more")
+    if args.images < 250:
+        raise config.UsageError(f"--images is {args.images}: it must be 250 or more")
     model, run_config, about = train.load_run(args.run)
     if about["axes"] != 2:
         raise config.UsageError(f"{args.run} was trained on volumes; the figures show flat images only")
@@ -362,8 +362,10 @@ def main(argv=None):
     size, generator = run_config.image_size, torch.Generator().manual_seed(args.seed)
     folder, what = args.run / "figures", f"{run_config.dataset}, {args.run.name}"
     folder.mkdir(exist_ok=True)
-    shown, rest = held_out(test, 8, args.seed)
+    shown, rest = held_out(test, 6, args.seed)
     rest = rest[: args.images]
+    if len(rest) < 250:
+        raise config.UsageError(f"{run_config.dataset} has {len(test)} test images; the figures need 256 or more")
     pictures, images = rgb(test, shown, size), normalised(test, shown, size)
     gallery_pictures, gallery_images = rgb(test, rest, size), normalised(test, rest, size)
     masks = model.masking(len(shown), generator)
@@ -384,9 +386,9 @@ def main(argv=None):
         f"{what}: hidden patches filled with the nearest of {len(rest):,} held-out images' patches"))
     save("prediction_error", error_figure(model, images, pictures, generator, title=f"{what}: where prediction is hard (mean of 32 masks)"))
     save("tokens", token_figure(model.target_encoder, images, pictures, f"{what}: first three principal components of the patch tokens"))
-    queries, _ = held_out(test, 208, args.seed)
+    queries, _ = held_out(test, 206, args.seed)
     labels = test.labels
-    numbers = retrieval(model, untrained, normalised(test, queries[8:], size), None if labels is None else labels[queries[8:]],
+    numbers = retrieval(model, untrained, normalised(test, queries[6:], size), None if labels is None else labels[queries[6:]],
                         model.masking(200, generator), gallery_images[200:], None if labels is None else labels[rest[200:]])
     (folder / "retrieval.json").write_text(json.dumps(numbers, indent=2))
     print(json.dumps(numbers))
