@@ -290,81 +290,6 @@ class Metrics:
         self.file.flush()
 
 
-def train(config, resume=False):
-    """Pretrain as the Config says and fill its run folder; returns the IJEPA. Ctrl-C or SIGTERM: saves, says how to
-    go on, and exits with 130.
-
-    Raises UsageError where settings, data and folder do not go together.
-    """
-    config.out = config.out or f"runs/{config.preset}"
-    folder, device = pathlib.Path(config.out), pick_device(config.device)
-    if not resume and (folder / "checkpoint.pt").exists():
-        raise UsageError(f"{folder} already holds a run; add --resume to go on with it, or choose another --out")
-    if config.dataset in data.NAMES:  # three channels, two axes
-        with torch.device("meta"):
-            models.build(config)  # refuses sizes and masks that cannot be, before the data is read
-    dataset = data.load(config.dataset, config.split, config.data_dir, config.image_size)
-    images_per_step = config.batch_size * config.accumulation
-    if len(dataset) < images_per_step:
-        raise UsageError(f"{dataset.name} has {len(dataset)} images, fewer than one step's {config.batch_size} x {config.accumulation}; "
-                         "lower --batch-size or --accumulation")
-    about, progress = describe(dataset), Progress()
-    torch.manual_seed(config.seed)
-    model = models.build(config, about["channels"], about["axes"]).to(device).train()
-    optimizer = build_optimizer(config, model)
-    generator = torch.Generator(device).manual_seed(config.seed)  # crops and masks
-    if resume:
-        progress = restore(folder, device, model, optimizer, generator, about)
-    if device.type == "cuda" and isinstance(dataset.images, torch.Tensor) and dataset.images.nbytes < torch.cuda.mem_get_info()[0] / 4:
-        dataset.images = dataset.images.to(device)  # an epoch then copies nothing
-    seconds_per_step = time_step(config, model, dataset, device)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--out {folder} cannot be made a folder ({data.one_line(error)})") from None
-    write(folder / "config.json", lambda path: path.write_text(json.dumps(asdict(config), indent=2)))
-    planned = config.epochs * (len(dataset) // images_per_step)
-    planned = min(planned, config.max_steps or planned)
-    budget = config.max_minutes * 60 or math.inf
-    progress.total = progress.total or min(planned, max(1, int(budget / seconds_per_step)) if config.max_minutes else planned)
-    announce(config, model, dataset, device, progress, seconds_per_step)
-
-    stream = image_stream(config, dataset, device, generator, progress.step * config.accumulation)
-    metrics = Metrics(folder / "metrics.csv", progress.step)
-    bar = tqdm(total=progress.total, initial=progress.step, unit="step", mininterval=0.5 if sys.stderr.isatty() else 30)
-    before, clock = progress.seconds, time.perf_counter()
-    start_step, last_save = progress.step, clock
-    with StopSignals() as signals:
-        while progress.step < progress.total and not signals.stop:
-            batches = list(itertools.islice(stream, config.accumulation))
-            values = train_step(config, model, optimizer, batches, progress.step, progress.total, generator)
-            progress.step += 1
-            progress.seconds = before + time.perf_counter() - clock
-            bar.update()
-            if progress.step % max(progress.total // 200, 1) == 0 or progress.step == progress.total:
-                values = {name: float(value) for name, value in values.items()}
-                if not math.isfinite(values["loss"]):
-                    raise UsageError(f"the loss is {values['loss']} at step {progress.step}; lower --lr ({config.lr}) or set --clip-grad 1")
-                values["target_std"] = float(target_deviation(model, batches[-1]))
-                rate = (progress.step - start_step) * images_per_step / (progress.seconds - before)
-                metrics.append({"step": progress.step, "epoch": round(progress.step * images_per_step / len(dataset), 3), **values,
-                                "images_per_second": round(rate, 1), "seconds": round(progress.seconds, 1)})
-                bar.set_postfix_str(f"loss {values['loss']:.4f}, {rate:.0f} images/s", refresh=False)
-                if config.max_minutes:  # fit what is left of the schedules to what is left of the time
-                    left = (budget - progress.seconds) * (progress.step - start_step) / (progress.seconds - before)
-                    bar.total = progress.total = min(planned, progress.step + max(0, int(left)))
-            if time.perf_counter() - last_save > 60 * config.checkpoint_minutes:
-                save_checkpoint(folder, config, model, optimizer, generator, progress, about)
-                last_save = time.perf_counter()
-        save_checkpoint(folder, config, model, optimizer, generator, progress, about)
-    bar.close()
-    if progress.step < progress.total:
-        print(f"stopped at step {progress.step:,} of {progress.total:,}; go on with: python train.py --out {folder} --resume")
-        sys.exit(130)
-    print(f"{progress.step:,} steps in {duration(progress.seconds)}; evaluate with: python evaluate.py {folder}")
-    return model
-
-
 def restore(folder, device, model, optimizer, generator, about):
     """Load checkpoint.pt into what is given and return its Progress. Raises UsageError where data or device is not the run's."""
     checkpoint = load_checkpoint(folder, device)
@@ -378,6 +303,94 @@ def restore(folder, device, model, optimizer, generator, about):
     optimizer.load_state_dict(checkpoint["optimizer"])
     generator.set_state(checkpoint["generator"].cpu())
     return Progress(**checkpoint["progress"])
+
+
+def set_up(config, resume):
+    """All that a run works with, (dataset, model, optimizer, generator, what is known of the data, Progress); on resume as it was left."""
+    folder, device = pathlib.Path(config.out), pick_device(config.device)
+    if not resume and (folder / "checkpoint.pt").exists():
+        raise UsageError(f"{folder} already holds a run; add --resume to go on with it, or choose another --out")
+    if config.dataset in data.NAMES:  # three channels, two axes
+        with torch.device("meta"):
+            models.build(config)  # refuses sizes and masks that cannot be, before the data is read
+    dataset = data.load(config.dataset, config.split, config.data_dir, config.image_size)
+    if len(dataset) < config.batch_size * config.accumulation:
+        raise UsageError(f"{dataset.name} has {len(dataset)} images, fewer than one step's {config.batch_size} x {config.accumulation}; "
+                         "lower --batch-size or --accumulation")
+    about = describe(dataset)
+    torch.manual_seed(config.seed)
+    model = models.build(config, about["channels"], about["axes"]).to(device).train()
+    optimizer = build_optimizer(config, model)
+    generator = torch.Generator(device).manual_seed(config.seed)  # crops and masks
+    progress = restore(folder, device, model, optimizer, generator, about) if resume else Progress()
+    if device.type == "cuda" and isinstance(dataset.images, torch.Tensor) and dataset.images.nbytes < torch.cuda.mem_get_info()[0] / 4:
+        dataset.images = dataset.images.to(device)  # an epoch then copies nothing
+    return dataset, model, optimizer, generator, about, progress
+
+
+def open_folder(config):
+    """Make the run folder and write config.json into it. Raises UsageError where that cannot be."""
+    folder = pathlib.Path(config.out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write(folder / "config.json", lambda path: path.write_text(json.dumps(asdict(config), indent=2)))
+    except OSError as error:
+        raise UsageError(f"--out {folder} cannot be written to ({data.one_line(error)})") from None
+    return folder
+
+
+def train(config, resume=False):
+    """Pretrain as the Config says and fill its run folder; returns the IJEPA. Ctrl-C or SIGTERM: saves, says how to
+    go on, and exits with 130.
+
+    Raises UsageError where settings, data and folder do not go together.
+    """
+    config.out = config.out or f"runs/{config.preset}"
+    dataset, model, optimizer, generator, about, progress = set_up(config, resume)
+    device, images_per_step = generator.device, config.batch_size * config.accumulation
+    seconds_per_step = time_step(config, model, dataset, device)
+    folder = open_folder(config)
+
+    planned = config.epochs * (len(dataset) // images_per_step)
+    planned = min(planned, config.max_steps or planned)
+    budget = config.max_minutes * 60 or math.inf  # seconds
+    progress.total = progress.total or min(planned, max(1, int(budget / seconds_per_step)) if config.max_minutes else planned)
+    announce(config, model, dataset, device, progress, seconds_per_step)
+    stream = image_stream(config, dataset, device, generator, progress.step * config.accumulation)
+    metrics = Metrics(folder / "metrics.csv", progress.step)
+    bar = tqdm(total=progress.total, initial=progress.step, unit="step", mininterval=0.5 if sys.stderr.isatty() else 30)
+    before, first, clock = progress.seconds, progress.step, time.perf_counter()
+    last_save = clock
+    with StopSignals() as signals:
+        while progress.step < progress.total and not signals.stop:
+            batches = list(itertools.islice(stream, config.accumulation))
+            values = train_step(config, model, optimizer, batches, progress.step, progress.total, generator)
+            progress.step += 1
+            progress.seconds = before + time.perf_counter() - clock
+            bar.update()
+            if progress.step % max(progress.total // 200, 1) == 0 or progress.step == progress.total:
+                values = {name: float(value) for name, value in values.items()}
+                if not math.isfinite(values["loss"]):
+                    raise UsageError(f"the loss is {values['loss']} at step {progress.step}; lower --lr ({config.lr}) or set --clip-grad 1")
+                values["target_std"] = float(target_deviation(model, batches[-1]))
+                rate = (progress.step - first) * images_per_step / (progress.seconds - before)
+                metrics.append({"step": progress.step, "epoch": round(progress.step * images_per_step / len(dataset), 3), **values,
+                                "images_per_second": round(rate, 1), "seconds": round(progress.seconds, 1)})
+                bar.set_postfix_str(f"loss {values['loss']:.4f}, {rate:.0f} images/s", refresh=False)
+                if config.max_minutes:  # fit what is left of the schedules to what is left of the time
+                    left = (budget - progress.seconds) * rate / images_per_step
+                    bar.total = progress.total = min(planned, progress.step + max(0, int(left)))
+            if time.perf_counter() - last_save > 60 * config.checkpoint_minutes:
+                save_checkpoint(folder, config, model, optimizer, generator, progress, about)
+                last_save = time.perf_counter()
+        save_checkpoint(folder, config, model, optimizer, generator, progress, about)
+    bar.close()
+    metrics.file.close()
+    if progress.step < progress.total:
+        print(f"stopped at step {progress.step:,} of {progress.total:,}; go on with: python train.py --out {folder} --resume")
+        sys.exit(130)
+    print(f"{progress.step:,} steps in {duration(progress.seconds)}; evaluate with: python evaluate.py {folder}")
+    return model
 
 
 def resumed_config(arguments):
