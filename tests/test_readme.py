@@ -26,11 +26,17 @@ def test_the_shapes_table_is_the_mean_and_deviation_of_the_three_committed_runs(
             assert cell == f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
 
 
-def test_the_target_beats_both_baselines_by_40_points_in_every_committed_run_and_in_under_5_minutes():
+def test_the_target_beats_both_baselines_by_40_points_in_every_committed_run():
     for seed in range(3):
         run = json.loads((ROOT / f"results/shapes_seed{seed}.json").read_text())
         linear = {name: score["linear"] for name, score in run["features"].items()}
-        assert linear["target"] - max(linear["random"], linear["pixels"]) > 0.40 and run["training"]["seconds"] < 300
+        assert linear["target"] - max(linear["random"], linear["pixels"]) > 0.40
+
+
+def test_two_cores_train_in_under_5_minutes():
+    run = json.loads((ROOT / "results/shapes_two_cores.json").read_text())
+    assert run["threads"] == 2 and run["seconds"] < 300
+    assert f"{run['seconds']:.0f} s" in README and f"{run['images_per_second']:,.0f} images/s" in README
 
 
 def test_the_committed_shapes_runs_are_those_of_todays_preset():
