@@ -165,10 +165,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser(description):
-    """An argument parser with one flag per Config field; `--help` shows each field's comment and default."""
-    p = Parser(description=description, epilog=f"presets: {', '.join(PRESETS)}", allow_abbrev=False)
+    """An argument parser with one flag per Config field; `--help` shows each field's comment and its value in the default preset."""
+    defaults = from_preset("shapes")
+    p = Parser(description=description + " Defaults, in brackets, are those of the preset shapes.", allow_abbrev=False,
+               epilog=f"presets: {', '.join(PRESETS)}")
     for f in dataclasses.fields(Config):
-        flag, show = "--" + f.name.replace("_", "-"), str(f.default).strip("()").replace(",", "") or "empty"
+        flag, show = "--" + f.name.replace("_", "-"), str(getattr(defaults, f.name)).strip("()").replace(",", "") or "empty"
         comment = f.metadata["comment"].replace("%", "%%") + f" [{show}]"
         if f.type is bool:
             p.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=comment)
