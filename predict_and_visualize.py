@@ -345,6 +345,16 @@ def held_out(dataset, count, seed):
     return order[:count], order[count:]
 
 
+def images_to_show(run_config, data_dir):
+    """The run's test images; where its data has no test split, as a flat folder has none, its training images, and says so."""
+    try:
+        return data.load(run_config.dataset, "test", data_dir, run_config.image_size)
+    except config.UsageError:
+        dataset = data.load(run_config.dataset, run_config.split, data_dir, run_config.image_size)
+        print(f"{run_config.dataset} has no test images: the figures show images that were trained on")
+        return dataset
+
+
 def main(argv=None):
     """Write the figures of one run; raises UsageError for what the user can put right."""
     parser = config.Parser(prog="predict_and_visualize.py", description="Write every figure of a run into RUN/figures.")
@@ -358,7 +368,7 @@ def main(argv=None):
     model, run_config, about = train.load_run(args.run)
     if about["axes"] != 2:
         raise config.UsageError(f"{args.run} was trained on volumes; the figures show flat images only")
-    test = data.load(run_config.dataset, "test", args.data_dir or run_config.data_dir, run_config.image_size)
+    test = images_to_show(run_config, args.data_dir or run_config.data_dir)
     size, generator = run_config.image_size, torch.Generator().manual_seed(args.seed)
     folder, what = args.run / "figures", f"{run_config.dataset}, {args.run.name}"
     folder.mkdir(exist_ok=True)
