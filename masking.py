@@ -35,15 +35,21 @@ class Masks:
         """The same masks on another device."""
         return Masks(*(None if part is None else part.to(device) for part in vars(self).values()))
 
+    def valid(self):
+        """context_valid [B, Nc] and targets_valid [B, M, Nt], bool, with None written out as all True."""
+        context = torch.ones_like(self.context, dtype=torch.bool) if self.context_valid is None else self.context_valid
+        targets = torch.ones_like(self.targets, dtype=torch.bool) if self.targets_valid is None else self.targets_valid
+        return context, targets
+
     def maps(self, N):
         """Boolean maps of the grid: context [B, N] and targets [B, M, N], True at the patches of the block."""
 
         def to_map(indices, valid):
             found = torch.zeros(*indices.shape[:-1], N, dtype=torch.int64, device=indices.device)
-            valid = torch.ones_like(indices) if valid is None else valid.long()
-            return found.scatter_add_(-1, indices, valid) > 0  # [..., N]
+            return found.scatter_add_(-1, indices, valid.long()) > 0  # [..., N]
 
-        return to_map(self.context, self.context_valid), to_map(self.targets, self.targets_valid)
+        context_valid, targets_valid = self.valid()
+        return to_map(self.context, context_valid), to_map(self.targets, targets_valid)
 
 
 class MultiBlockMasking:

@@ -243,11 +243,8 @@ class Predictor(nn.Module):
         """Which of the Nc+Nt tokens are real, bool [B*M, Nc+Nt], or None where nothing is padded."""
         if masks.context_valid is None and masks.targets_valid is None:
             return None
-        B, M, _ = masks.targets.shape
-        context, targets = masks.context_valid, masks.targets_valid
-        context = torch.ones_like(masks.context, dtype=torch.bool) if context is None else context  # [B, Nc]
-        targets = torch.ones_like(masks.targets, dtype=torch.bool) if targets is None else targets  # [B, M, Nt]
-        return torch.cat([context[:, None].expand(-1, M, -1), targets], dim=2).flatten(0, 1)  # [B*M, Nc+Nt]
+        context, targets = masks.valid()  # [B, Nc], [B, M, Nt]
+        return torch.cat([context[:, None].expand(-1, targets.shape[1], -1), targets], dim=2).flatten(0, 1)  # [B*M, Nc+Nt]
 
 
 def prediction_loss(predictions, targets, valid=None, kind="smooth_l1"):

@@ -184,7 +184,7 @@ def retrieval(model, untrained, images, labels, masks, gallery_images, gallery_l
     """
     N, others = model.masking.N, gallery_features(model, gallery_images)
     gallery = torch.cat([gallery_features(model, images), others])  # [(B + G) * N, D]
-    valid = torch.ones_like(masks.targets, dtype=torch.bool) if masks.targets_valid is None else masks.targets_valid
+    _, valid = masks.valid()  # [B, M, Nt]
     image_number = torch.arange(len(images))[:, None, None].expand_as(masks.targets)
     truth = (image_number * N + masks.targets)[valid]  # [Q], place of the true patch in the gallery
     results = {"gallery_size": len(gallery), "queries": len(truth)}
@@ -218,7 +218,7 @@ def neighbours_figure(model, untrained, images, pictures, masks, gallery_images,
     tiles = models.patchify(gallery_pictures, patch).flatten(0, 1)  # [G * N, 3 * patch**2]
     context, targets = masks.maps(model.masking.N)  # [B, N], [B, M, N]
     hidden = torch.where(to_pixels(context, size, grid)[:, None], pictures, 1.0)  # [B, 3, H, W]
-    valid = torch.ones_like(masks.targets, dtype=torch.bool) if masks.targets_valid is None else masks.targets_valid
+    _, valid = masks.valid()  # [B, M, Nt]
 
     def fill(features):
         """Pictures with every target patch replaced, [B, N, 3 * patch**2], white elsewhere."""
@@ -254,7 +254,7 @@ def error_figure(model, images, pictures, generator, draws=32, title=""):
     for _ in range(draws):
         masks = model.masking(B, generator)
         predicted, true = block_features(model, images, masks, model.predictor)
-        valid = torch.ones_like(masks.targets, dtype=torch.bool) if masks.targets_valid is None else masks.targets_valid
+        _, valid = masks.valid()  # [B, M, Nt]
         distance = 1 - F.cosine_similarity(predicted, true, dim=-1)  # [B, M, Nt]
         total.scatter_add_(1, masks.targets.flatten(1), (distance * valid).flatten(1))
         count.scatter_add_(1, masks.targets.flatten(1), valid.float().flatten(1))
