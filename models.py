@@ -177,6 +177,8 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList(Block(self.width, heads, mlp_ratio) for _ in range(depth))
         self.norm = nn.LayerNorm(self.width, eps=1e-6)
         self.apply(initialise)
+        with torch.no_grad():  # twice Xavier's, so that a patch's content counts for more than its position from the first step
+            self.patch_embed.project.weight.mul_(2.0)
 
     @staticmethod
     def _grid(sides, patch_size):
