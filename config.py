@@ -49,6 +49,8 @@ class Config:
     predictor: str = setting("32x2x1", "width x depth x heads (paper 384x6x12 for base, 384x12 for large and huge)")
     patch_size: int = setting(4, "side of a square patch, pixels (paper 14 or 16)")
     loss: str = setting("smooth_l1", "smooth_l1 (official code) or l2 (paper), both averaged over patches and width", ("smooth_l1", "l2"))
+    stop_gradient: bool = setting(True, "no: gradients also reach the targets, taken from the context encoder itself, to see it collapse")
+    target_norm: bool = setting(True, "no: targets are not layer-normed, to see what that norm is for")
     # Optimisation; every schedule is counted in optimizer steps
     epochs: int = setting(10, "passes over the training images (paper 300 to 600)")
     batch_size: int = setting(128, "images in one forward pass (paper 2048 over 16 GPUs)")
@@ -67,6 +69,8 @@ class Config:
     momentum: float = setting(0.996, "EMA momentum of the target encoder at the first step (paper .996)")
     momentum_final: float = setting(1.0, "EMA momentum at the last step, reached linearly (paper 1.0)")
     # The run
+    held_out: int = setting(512, "training images kept out of training, at most a tenth of all, on which the features are measured")
+    measurements: int = setting(20, "times that a run measures its features; 0 is never")
     seed: int = setting(0, "seed of initialisation, data order, crops and masks")
     device: str = setting("auto", "auto takes cuda, else mps, else cpu", ("auto", "cpu", "cuda", "mps"))
     precision: str = setting("auto", "auto is bf16 autocast on cuda and fp32 elsewhere", ("auto", "fp32", "bf16"))
@@ -140,7 +144,7 @@ def check(config):
     for name in ("image_size", "patch_size", "num_targets", "epochs", "batch_size", "accumulation", "min_keep"):
         need(getattr(config, name) >= 1, name, "it must be 1 or more")
     for name in ("context_size", "max_steps", "max_minutes", "clip_grad", "weight_decay", "weight_decay_final", "lr_start", "lr_final",
-                 "workers", "checkpoint_minutes"):
+                 "workers", "checkpoint_minutes", "held_out", "measurements"):
         need(getattr(config, name) >= 0, name, "it cannot be negative")
     for name in ("crop_scale", "target_scale", "context_scale"):
         low, high = getattr(config, name)

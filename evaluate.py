@@ -18,7 +18,6 @@ import warnings
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits  # comes with scikit-learn
@@ -28,6 +27,7 @@ import config
 import data
 import models
 import train
+from diagnostics import knn
 
 # Weights of the squared norm beside the *mean* cross-entropy, so that one grid serves 1,000 and 50,000 images; strongest first.
 STRENGTHS = tuple(10.0**e for e in range(2, -8, -1))
@@ -132,26 +132,6 @@ def linear_probe(train_x, train_y, test_x, test_y, seed=0, strengths=STRENGTHS):
         accuracy = float(classifier.score(test_x.numpy(), test_y.numpy()))
     return {"accuracy": accuracy, "strength": strengths[best], "held_out_accuracy": float(path[best][0]),
             "at_edge": best == 0}
-
-
-# ---- nearest neighbours ----
-
-@torch.no_grad()
-def knn(train_x, train_y, test_x, test_y, k=20, temperature=0.07):
-    """Test accuracy, a fraction, of a vote of the `k` training images of highest cosine, each weighing exp(cosine / temperature).
-
-    Features float [n, D] and [m, D], labels int64 [n] and [m], on one device; all `n` vote when `k` is larger. It has nothing to
-    tune: `k` and `temperature` are those of Wu et al. 2018 (Non-Parametric Instance Discrimination) with DINO's k of 20.
-    """
-    train_x = F.normalize(train_x.float(), dim=1)
-    classes = int(max(train_y.max(), test_y.max())) + 1
-    correct = 0
-    for x, y in zip(test_x.split(1024), test_y.split(1024)):                       # in chunks: m x n cosines would not fit in memory
-        cosine, neighbours = (F.normalize(x.float(), dim=1) @ train_x.T).topk(min(k, len(train_x)), dim=1)  # [B, k]
-        votes = torch.zeros(len(x), classes, device=x.device)                      # [B, K]
-        votes.scatter_add_(1, train_y[neighbours], (cosine / temperature).exp())
-        correct += (votes.argmax(1) == y).sum().item()
-    return correct / len(test_y)
 
 
 # ---- all of it ----

@@ -23,11 +23,12 @@ from tqdm import tqdm
 
 import config as settings
 import data
+import diagnostics
 import models
 from config import UsageError
 
 # Fields that may differ between a run and its continuation: they cannot change its result, or what they name is compared itself.
-FREE_ON_RESUME = ("out", "device", "workers", "checkpoint_minutes", "data_dir", "dataset")
+FREE_ON_RESUME = ("out", "device", "workers", "checkpoint_minutes", "measurements", "data_dir", "dataset")
 
 # --- schedules: functions of the optimizer step ------------------------------------------------------------------------
 
@@ -107,31 +108,50 @@ def train_step(config, model, optimizer, batches, step, total, generator):
     return {"loss": loss, **values, "grad_norm": grad_norm}
 
 
-@torch.no_grad()
-def target_deviation(model, images):
-    """How much the layer-normed target features differ between images at the same place, averaged over places and width.
-
-    images float [B, C, H, W] -> tensor []: near 1 when features tell images apart, near 0 when the target encoder has collapsed
-    to an answer that depends on the place alone.
-    """
-    tokens = model.target_encoder(images).float()  # [B, N, D]
-    return torch.nn.functional.layer_norm(tokens, tokens.shape[-1:]).std(dim=0).mean()
-
-
 # --- data, in an order that depends only on the seed ---------------------------------------------------------------------
+
+
+def hold_out(config, n):
+    """Numbers of the images to train on and of those kept out, int64: `held_out` of n, at most a tenth; none of fewer than 320."""
+    held = min(config.held_out, n // 10)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(config.seed))
+    return (order[held:], order[:held]) if held >= 32 else (torch.arange(n), torch.empty(0, dtype=torch.int64))
 
 
 def image_stream(config, dataset, device, generator, start):
     """Endless normalised batches float [B, C, H, W], from forward pass number `start` on: a new shuffle every epoch, whole
-    batches only. The order of an epoch depends on the seed and the epoch alone, so a run can be taken up in its middle."""
-    per_epoch = len(dataset) // config.batch_size
+    batches only, none held out. The order of an epoch depends on the seed and the epoch alone, so a run can be taken up in its middle."""
+    kept, _ = hold_out(config, len(dataset))
+    per_epoch = len(kept) // config.batch_size
     for epoch in itertools.count(start // per_epoch):
         shuffle = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
-        order = torch.randperm(len(dataset), generator=shuffle)[: per_epoch * config.batch_size]
+        order = kept[torch.randperm(len(kept), generator=shuffle)][: per_epoch * config.batch_size]
         if epoch == start // per_epoch:
             order = order[start % per_epoch * config.batch_size:]
         yield from data.batches(dataset, config.batch_size, config.image_size, device, order, generator, config.crop_scale,
                                 config.flip, config.workers)
+
+
+def monitor(config, dataset, device):
+    """A Monitor of the held-out images, with kNN on them where there are labels; None where nothing is held out.
+
+    Images trained on without labels (STL-10's) are judged by kNN on the same data set's labelled train split.
+    """
+    kept, held = hold_out(config, len(dataset))
+    if not len(held) or not config.measurements:
+        return None
+
+    def images(source, numbers):
+        return torch.cat(list(data.batches(source.subset(numbers), config.batch_size, config.image_size, device)))
+
+    labelled, bank, queries = dataset, kept[:1000], held
+    if dataset.labels is None and dataset.name in data.NAMES:
+        labelled = data.load(dataset.name, "train", config.data_dir, config.image_size)
+        bank, queries = torch.randperm(len(labelled), generator=torch.Generator().manual_seed(config.seed))[:1500].split((1000, 500))
+    sets = None
+    if labelled.labels is not None:
+        sets = [part for numbers in (bank, queries) for part in (images(labelled, numbers), labelled.labels[numbers].to(device))]
+    return diagnostics.Monitor(images(dataset, held), sets, config.batch_size)
 
 
 # --- checkpoints -------------------------------------------------------------------------------------------------------
@@ -242,12 +262,13 @@ def announce(config, model, dataset, device, progress, seconds_per_step):
     """Print what is about to happen: device, images, parameters, steps, expected time."""
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
     millions = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (model.context_encoder, model.predictor)]
+    kept, held = map(len, hold_out(config, len(dataset)))
     images, grid = config.batch_size * config.accumulation, "x".join(map(str, model.masking.grid))
     print(
-        f"{dataset.name}: {len(dataset):,} images, crops of {config.image_size} pixels in {grid} patches · "
+        f"{dataset.name}: {kept:,} images and {held:,} held out, crops of {config.image_size} pixels in {grid} patches · "
         f"encoder {config.encoder} {millions[0]:.2f} M, predictor {config.predictor} {millions[1]:.2f} M parameters · "
         f"{progress.total - progress.step:,} steps of {images} images "
-        f"({(progress.total - progress.step) * images / len(dataset):.1f} epochs) on {where} · "
+        f"({(progress.total - progress.step) * images / kept:.1f} epochs) on {where} · "
         f"about {duration((progress.total - progress.step) * seconds_per_step)} · {config.out}", flush=True)
 
 
@@ -272,22 +293,36 @@ class StopSignals:
 
 
 class Metrics:
-    """Appends rows to metrics.csv; on resume, rows after the checkpoint's step are dropped, for they will be written again."""
+    """Appends rows to metrics.csv; on resume, rows after the checkpoint's step are dropped, for they will be written again.
+
+    What a row lacks stays empty: the measures of the features are taken more rarely than the loss.
+    """
+
+    COLUMNS = ("step", "epoch", "loss", "lr", "weight_decay", "momentum", "grad_norm", *diagnostics.MEASURES, "images_per_second", "seconds")
 
     def __init__(self, path, after):
         old = list(csv.DictReader(open(path))) if path.exists() else []
+        # What was measured before the first step, to compare with; None where nothing was.
+        self.first = {name: float(old[0][name]) for name in diagnostics.MEASURES if old[0].get(name)} if old else None
         self.file = open(path, "w", newline="")
-        self.writer = None
-        for row in old:
-            if int(row["step"]) <= after:
-                self.append(row)
+        self.writer = csv.DictWriter(self.file, self.COLUMNS)
+        self.writer.writeheader()
+        self.writer.writerows(row for row in old if int(row["step"]) <= after)
 
     def append(self, row):
-        if self.writer is None:
-            self.writer = csv.DictWriter(self.file, row)
-            self.writer.writeheader()
         self.writer.writerow(row)
         self.file.flush()
+
+
+def look(config, watch, model, progress):
+    """Measure the model with a Monitor, print what it warns of and what to try, and return the measures, a dict of floats."""
+    with autocast(config, watch.images.device):
+        found, warnings = watch(model, progress.step / progress.total)
+    for warning in warnings:
+        tqdm.write(f"warning at step {progress.step:,}: {warning}. Try a lower --lr (now {config.lr:g}), a longer --warmup (now "
+                   f"{config.warmup:g}) or a --momentum closer to 1 (now {config.momentum:g}), with --stop-gradient and --target-norm on",
+                   file=sys.stderr)
+    return {name: round(value, 5) for name, value in found.items()}
 
 
 def restore(folder, device, model, optimizer, generator, about):
@@ -314,9 +349,10 @@ def set_up(config, resume):
         with torch.device("meta"):
             models.build(config)  # refuses sizes and masks that cannot be, before the data is read
     dataset = data.load(config.dataset, config.split, config.data_dir, config.image_size)
-    if len(dataset) < config.batch_size * config.accumulation:
-        raise UsageError(f"{dataset.name} has {len(dataset)} images, fewer than one step's {config.batch_size} x {config.accumulation}; "
-                         "lower --batch-size or --accumulation")
+    kept, held = map(len, hold_out(config, len(dataset)))
+    if kept < config.batch_size * config.accumulation:
+        raise UsageError(f"{dataset.name} has {kept} images to train on ({held} are held out), fewer than one step's "
+                         f"{config.batch_size} x {config.accumulation}; lower --batch-size or --accumulation")
     about = describe(dataset)
     torch.manual_seed(config.seed)
     model = models.build(config, about["channels"], about["axes"]).to(device).train()
@@ -351,30 +387,44 @@ def train(config, resume=False):
     seconds_per_step = time_step(config, model, dataset, device)
     folder = open_folder(config)
 
-    planned = config.epochs * (len(dataset) // images_per_step)
+    watch = monitor(config, dataset, device)
+    per_epoch = len(hold_out(config, len(dataset))[0])
+    planned = config.epochs * (per_epoch // images_per_step)
     planned = min(planned, config.max_steps or planned)
     budget = config.max_minutes * 60 or math.inf  # seconds
     progress.total = progress.total or min(planned, max(1, int(budget / seconds_per_step)) if config.max_minutes else planned)
     announce(config, model, dataset, device, progress, seconds_per_step)
     stream = image_stream(config, dataset, device, generator, progress.step * config.accumulation)
     metrics = Metrics(folder / "metrics.csv", progress.step)
+    if watch:
+        watch.first = metrics.first
     bar = tqdm(total=progress.total, initial=progress.step, unit="step", mininterval=0.5 if sys.stderr.isatty() else 30)
     before, first, clock = progress.seconds, progress.step, time.perf_counter()
     last_save = clock
+
+    def due(times):
+        """Whether this is one of about `times` steps spread over the run, or its last one."""
+        return progress.step % max(progress.total // times, 1) == 0 or progress.step == progress.total
+
     with StopSignals() as signals:
+        if watch and progress.step == 0:
+            metrics.append({"step": 0, "epoch": 0.0, **look(config, watch, model, progress)})
         while progress.step < progress.total and not signals.stop:
             batches = list(itertools.islice(stream, config.accumulation))
             values = train_step(config, model, optimizer, batches, progress.step, progress.total, generator)
             progress.step += 1
             progress.seconds = before + time.perf_counter() - clock
             bar.update()
-            if progress.step % max(progress.total // 200, 1) == 0 or progress.step == progress.total:
+            measuring = watch and due(config.measurements)
+            if due(200) or measuring:
                 values = {name: float(value) for name, value in values.items()}
                 if not math.isfinite(values["loss"]):
                     raise UsageError(f"the loss is {values['loss']} at step {progress.step}; lower --lr ({config.lr}) or set --clip-grad 1")
-                values["target_std"] = float(target_deviation(model, batches[-1]))
+                if measuring:
+                    values |= look(config, watch, model, progress)
+                    progress.seconds = before + time.perf_counter() - clock
                 rate = (progress.step - first) * images_per_step / (progress.seconds - before)
-                metrics.append({"step": progress.step, "epoch": round(progress.step * images_per_step / len(dataset), 3), **values,
+                metrics.append({"step": progress.step, "epoch": round(progress.step * images_per_step / per_epoch, 3), **values,
                                 "images_per_second": round(rate, 1), "seconds": round(progress.seconds, 1)})
                 bar.set_postfix_str(f"loss {values['loss']:.4f}, {rate:.0f} images/s", refresh=False)
                 if config.max_minutes:  # fit what is left of the schedules to what is left of the time
