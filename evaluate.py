@@ -1,36 +1,35 @@
-"""What a frozen encoder knows: a linear probe and a nearest-neighbour vote, beside a random encoder and raw pixels.
+"""What a frozen encoder knows: linear probes, nearest neighbours and few labels, beside a random encoder and raw pixels.
 
-    python evaluate.py RUN          prints the table and writes RUN/evaluation.json
+    python evaluate.py RUN                  prints the tables and writes RUN/evaluation.json
+    python evaluate.py RUN1 RUN2 RUN3       the same for each, and their mean and standard deviation
+    python evaluate.py RUN --compare OTHER  how alike two encoders are
 
-The features are the average of the patch tokens (appendix A.1); nothing here changes a weight of the encoder. Everything that
-is tuned is tuned on part of the training images; the test images are looked at once. `n` images, `D` features, `K` classes.
+The features are the average of the patch tokens (appendix A.2); nothing here changes a weight of the encoder. Everything that
+is tuned is tuned on part of the training images; the test images are looked at once. `n` images, `L` layers, `D` features.
 """
 
 import dataclasses
 import datetime
+import hashlib
 import json
 import os
 import platform
 import shlex
+import statistics
 import sys
 import time
-import warnings
 from pathlib import Path
 
 import torch
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
-from threadpoolctl import threadpool_limits  # comes with scikit-learn
 from tqdm import tqdm
 
 import config
 import data
+import diagnostics
 import models
+import probes
 import train
-from diagnostics import knn
 
-# Weights of the squared norm beside the *mean* cross-entropy, so that one grid serves 1,000 and 50,000 images; strongest first.
-STRENGTHS = tuple(10.0**e for e in range(2, -8, -1))
 ROWS = {"target": "target encoder", "context": "context encoder", "random": "random encoder", "pixels": "raw pixels"}
 PIXEL_SIDE = {4: 32, 5: 16}  # larger images (volumes) are shrunk to this for the pixel rows: 224 x 224 x 3 features would take hours
 
@@ -38,18 +37,27 @@ PIXEL_SIDE = {4: 32, 5: 16}  # larger images (volumes) are shrunk to this for th
 # ---- features ----
 
 @torch.no_grad()
-def features(encoder, dataset, image_size, device, batch_size=512):
-    """Average of the patch tokens of every image, float32 [n, D] on the CPU, the encoder's mode left as found (appendix A.1)."""
+def features(encoder, dataset, image_size, device, batch_size=512, layers=None):
+    """Average of the patch tokens of every image, float32 [n, D] on the CPU, the encoder's mode left as found (appendix A.2).
+
+    With layers=L those of the last L blocks (or as many as there are), [n, L, D].
+    """
     was_training = encoder.training
     encoder.eval()
+    pooled, total = [], -(-len(dataset) // batch_size)
     try:
-        batches = data.batches(dataset, batch_size, image_size, device)
-        total = -(-len(dataset) // batch_size)
-        pooled = [encoder(images).float().mean(1).cpu()                            # [B, N, D] -> [B, D]
-                  for images in tqdm(batches, "features", total, leave=False, disable=None)]
+        for images in tqdm(data.batches(dataset, batch_size, image_size, device), "features", total, leave=False, disable=None):
+            tokens = encoder(images) if layers is None else torch.stack(encoder(images, return_layers=layers), 1)  # [B, (L,) N, D]
+            pooled.append(tokens.float().mean(-2).cpu())  # [B, (L,) D]
     finally:
         encoder.train(was_training)
-    return torch.cat(pooled)                                                       # [n, D]
+    return torch.cat(pooled)  # [n, (L,) D]
+
+
+@torch.no_grad()
+def patch_tokens(encoder, dataset, image_size, device, batch_size=512):
+    """Every image's patch tokens, float16 [n, N, D] on the device: what an attentive probe reads."""
+    return torch.cat([encoder(images).half() for images in data.batches(dataset, batch_size, image_size, device)])
 
 
 def pixels(dataset, image_size):
@@ -57,104 +65,88 @@ def pixels(dataset, image_size):
     return torch.cat([images.float().flatten(1).cpu() for images in data.batches(dataset, 512, image_size, "cpu")])
 
 
-# ---- which images ----
+def fingerprint(encoder):
+    """Sixteen hex digits that change with any weight of the encoder."""
+    digest = hashlib.sha256()
+    for name, value in encoder.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
-def class_rank(labels, seed):
-    """Place of every image in a random order of its own class, int64 [n], and the random order of all images it came from, int64 [n]."""
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    rank = torch.empty(len(labels), dtype=torch.int64)
-    for c in labels.unique():
-        members = order[labels[order] == c]
-        rank[members] = torch.arange(len(members))
-    return rank, order
+
+def cached_features(folder, encoder, dataset, image_size, device, layers=4):
+    """`features` of the last layers [n, L, D], kept in folder/features for the next call with the same weights and the same images."""
+    path = folder / "features" / f"{dataset.name}-{len(dataset)}-{dataset.fingerprint()}-{image_size}-{fingerprint(encoder)}.pt"
+    if path.exists():
+        return torch.load(path, weights_only=True)
+    found = features(encoder, dataset, image_size, device, layers=layers)
+    path.parent.mkdir(exist_ok=True)
+    train.write(path, lambda temporary: torch.save(found, temporary))
+    return found
+
+
+# ---- the protocol ----
 
 
 def subsample(dataset, n, seed):
     """A random `n` images with as many of each class as there are (to within one); all of them when `n` is 0 or too large."""
     if n == 0 or n >= len(dataset):
         return dataset
-    rank, order = class_rank(dataset.labels, seed)
+    rank, order = probes.class_rank(dataset.labels, seed)
     taken = order[rank[order].argsort(stable=True)][:n]  # every class's first image, then every class's second, ...
     return dataset.subset(taken.sort().values)
 
 
-# ---- linear probe ----
+def judge(train_x, train_y, test_x, test_y, K, seed=0):
+    """Everything that is read from one set of features [n, L, D] and [m, L, D] with labels int64, a dict ready for JSON.
 
-def standardise(train_x, test_x):
-    """Both [n, D] sets with the *training* mean removed and divided by the training deviation, float32; a constant feature becomes 0."""
-    deviation, mean = torch.std_mean(train_x.float(), 0, correction=0)             # [D], [D]
-    # Rounding gives a constant feature a deviation of about 1e-7 of its mean; dividing by that would turn it into noise.
-    scale = torch.where(deviation > 1e-6 * mean.abs(), deviation, torch.inf)
-    return (train_x - mean) / scale, (test_x - mean) / scale
-
-
-def fit(classifier, x, y, strength):
-    """Fit at this strength from wherever the classifier stands (`warm_start`), and return it."""
-    classifier.set_params(C=1 / (strength * len(y)))  # scikit-learn weighs the *sum* of the losses against half the squared norm
-    with warnings.catch_warnings():
-        # Not converging is all right: the path goes from strong to weak, so stopping early leaves a fit a little more strongly
-        # regularised than its name says, and how good that fit is was measured on held-out images, not assumed.
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        return classifier.fit(x, y)
-
-
-def linear_probe(train_x, train_y, test_x, test_y, seed=0, strengths=STRENGTHS):
-    """Test accuracy of multinomial logistic regression on frozen features, as a fraction.
-
-    `train_x` [n, D] and `test_x` [m, D] are float, the labels int64 [n] and [m]. A tenth of the training images, the same share
-    of every class, chooses the strength; the fit is then repeated on all training images, and the test set is scored once.
-    Gives `accuracy`, `strength`, `held_out_accuracy` and `at_edge` (the choice is the grid's strongest, so a stronger one might be better;
-    the weakest of STRENGTHS is as good as none).
-    Raises UsageError for fewer than two classes, or when no class has an image to hold out. Differs from the paper's protocol
-    (appendix A.1: SGD, batch norm, a sweep of learning rates): this problem is convex, so a solver needs no learning rate.
+    linear (last layer, batch norm), knn, precision@5 (fractions); the linear probe's macro_f1, per_class and confusion; heads: name ->
+    accuracy, held_out_accuracy, strength, at_edge; head: the one that the held-out images choose; best: its accuracy.
     """
-    if len(train_x) != len(train_y) or len(test_x) != len(test_y):
-        raise ValueError(f"a label for every image expected, got {len(train_y)} for {len(train_x)} and {len(test_y)} for {len(test_x)}")
-    held_out = class_rank(train_y, seed)[0] % 10 == 1  # from the second image on, so that every class is left with one to learn from
-    if not held_out.any() or len(train_y.unique()) < 2:
-        raise config.UsageError(f"a probe needs two classes and two images of one, got {train_y.bincount().tolist()} of each")
-    train_x, test_x = standardise(train_x, test_x)
-    strengths = sorted(strengths, reverse=True)
-    classifier = LogisticRegression(warm_start=True, max_iter=1000, tol=1e-4)
-    path = []  # (held-out accuracy, weights, biases) at each strength
-    # One thread: on features this small, the threads of NumPy's and SciPy's BLAS wait for each other, up to 40 times slower.
-    fit_x, fit_y, held_x, held_y = (part.numpy() for keep in (~held_out, held_out) for part in (train_x[keep], train_y[keep]))
-    with threadpool_limits(1, "blas"):
-        for strength in strengths:
-            fit(classifier, fit_x, fit_y, strength)
-            score = classifier.score(held_x, held_y)
-            path.append((score, classifier.coef_, classifier.intercept_))
-            best = max(range(len(path)), key=lambda i: path[i][0])  # the first, so the strongest, of equals
-            if len(path) - best > 2 and score < path[best][0] > path[-2][0]:
-                break  # the last two were worse than the best: weaker strengths only overfit more
-        _, classifier.coef_, classifier.intercept_ = path[best]
-        fit(classifier, train_x.numpy(), train_y.numpy(), strengths[best])
-        accuracy = float(classifier.score(test_x.numpy(), test_y.numpy()))
-    return {"accuracy": accuracy, "strength": strengths[best], "held_out_accuracy": float(path[best][0]),
-            "at_edge": best == 0}
+    heads, chosen = probes.probe_heads(train_x, train_y, test_x, test_y, seed)
+    predictions = {name: head.pop("predictions") for name, head in heads.items()}
+    last = [train_x[:, -1], train_y, test_x[:, -1], test_y]
+    return {"linear": heads["last+bn"]["accuracy"], "knn": diagnostics.knn(*last), "best": heads[chosen]["accuracy"], "head": chosen,
+            "precision@5": probes.retrieval_precision(*last), **probes.scores(predictions["last+bn"], test_y.cpu(), K), "heads": heads}
 
 
-# ---- all of it ----
+def evaluate(encoders, train_set, test_set, image_size, device="cpu", seed=0, folder=None, counts=probes.LOW_SHOT):
+    """`judge` for every encoder of the dict and for the raw pixels ("pixels"), on two labelled `ImageDataset`s.
 
-def evaluate(encoders, train_set, test_set, image_size, device="cpu", seed=0, batch_size=512):
-    """Linear probe and kNN of every encoder of the dict, and of the raw pixels, on two labelled `ImageDataset`s.
-
-    Gives for each name `linear` and `knn` (fractions), the probe's `strength`, `held_out_accuracy` and `at_edge`, and `seconds` per part.
+    Gives (scores, low_shot, seconds): name -> what `judge` found; name -> what `probes.low_shot` found with `counts` labelled images a
+    class, for all but "context"; name -> seconds of each part. With a `folder` features are kept in it. Where the training
+    set has STL-10's folds, scores also hold `folds`, ten accuracies.
     """
-    parts = {name: lambda dataset, encoder=encoder: features(encoder, dataset, image_size, device, batch_size)
-             for name, encoder in encoders.items()}
-    parts["pixels"] = lambda dataset: pixels(dataset, min(image_size, PIXEL_SIDE[len(train_set.images.shape)]))
-    results = {}
-    for name, extract in parts.items():
+    where = "cpu" if torch.device(device).type == "mps" else device  # Apple's GPUs lack the eigenvalues that the probe needs
+    K = int(max(train_set.labels.max(), test_set.labels.max())) + 1
+    found, few_labels, seconds = {}, {}, {}
+    for name in (*encoders, "pixels"):
         start = time.perf_counter()
-        train_x, test_x = extract(train_set), extract(test_set)
+        if name == "pixels":
+            side = min(image_size, PIXEL_SIDE[len(train_set.images.shape)])
+            parts = [pixels(dataset, side)[:, None] for dataset in (train_set, test_set)]  # [n, 1, C*H*W]
+        elif folder is None:
+            parts = [features(encoders[name], dataset, image_size, device, layers=4) for dataset in (train_set, test_set)]
+        else:
+            parts = [cached_features(folder, encoders[name], dataset, image_size, device) for dataset in (train_set, test_set)]
         extracted = time.perf_counter()
-        probe = linear_probe(train_x, train_set.labels, test_x, test_set.labels, seed)
-        probed = time.perf_counter()
-        neighbours = knn(*(part.to(device) for part in (train_x, train_set.labels, test_x, test_set.labels)))
-        seconds = {"features": extracted - start, "linear": probed - extracted, "knn": time.perf_counter() - probed}
-        results[name] = {"linear": probe.pop("accuracy"), "knn": neighbours, **probe, "seconds": seconds}
-    return results
+        train_x, train_y, test_x, test_y = (part.to(where) for part in (parts[0], train_set.labels, parts[1], test_set.labels))
+        found[name] = judge(train_x, train_y, test_x, test_y, K, seed)
+        if train_set.folds:
+            found[name]["folds"] = probes.fold_accuracies(train_x[:, -1], train_y, test_x[:, -1], test_y, train_set.folds)
+        judged = time.perf_counter()
+        if name != "context":
+            few_labels[name] = probes.low_shot(train_x[:, -1], train_y, test_x[:, -1], test_y, counts)
+        seconds[name] = {"features": extracted - start, "probes": judged - extracted, "low_shot": time.perf_counter() - judged}
+    return found, few_labels, seconds
+
+
+# ---- what is printed ----
+
+
+def percent(value, width):
+    """A fraction as a percentage, right-aligned; blanks for None."""
+    return " " * width if value is None else f"{100 * value:{width}.1f}"
 
 
 def table(results):
@@ -162,32 +154,63 @@ def table(results):
     scores, sizes = results["features"], results["split_sizes"]
     lines = [f"{results['dataset']}: {sizes['train']:,} training and {sizes['test']:,} test images, "
              f"{100 * results['chance']:.1f}% by chance; percent, and points over the baselines", "",
-             f"{'':16}{'linear':>8}{'- random':>10}{'- pixels':>10}{'kNN':>10}{'- random':>10}{'- pixels':>10}"]
+             f"{'':16}{'linear':>8}{'- random':>10}{'- pixels':>10}{'kNN':>8}{'- random':>10}{'- pixels':>10}{'macro F1':>10}{'P@5':>7}"
+             f"{'best head':>11}"]
     for name, score in scores.items():
         line = f"{ROWS.get(name, name):16}"
-        for measure, width in (("linear", 8), ("knn", 10)):
-            line += f"{100 * score[measure]:{width}.1f}"
+        for measure in ("linear", "knn"):
+            line += percent(score[measure], 8)
             for baseline in ("random", "pixels"):  # a baseline has no difference from itself, nor pixels from a random encoder
                 compared = baseline in scores and name not in ("random", "pixels") or (name, baseline) == ("random", "pixels")
                 line += f"{100 * (score[measure] - scores[baseline][measure]):+10.1f}" if compared else " " * 10
-        lines.append(line.rstrip())
-    edge = [ROWS.get(name, name) for name, probe in results["probe"].items() if probe["at_edge"]]
+        lines.append(line + percent(score["macro_f1"], 10) + percent(score["precision@5"], 7) + percent(score["best"], 7) + f" {score['head']}")
+    lines += ["", "linear: last layer with batch norm. best head: chosen on held-out training images among last layer and last four, each",
+              "with and without batch norm. P@5: share of the five nearest training images that have the class of the test image."]
+    for name, few in results["low_shot"]["scores"].items():
+        if few["mean"]:
+            shots = [f"{count}: {100 * mean:.1f}" for count, mean in zip(results["low_shot"]["per_class"], few["mean"])]
+            lines += ([""] if name == "target" else []) + [f"{ROWS.get(name, name):16}with few labels a class   {'   '.join(shots)}"]
+    for name, title in (("attentive", "attentive probe"), ("fine_tuned", "fine-tuned")):
+        for row, found in results.get(name, {}).items():
+            lines.append(f"{ROWS[row]:16}{title:16}{percent(found['accuracy'], 7)}")
+    for name in scores:
+        if "folds" in scores[name]:
+            folds = [100 * accuracy for accuracy in scores[name]["folds"]]
+            lines.append(f"{ROWS.get(name, name):16}ten folds {statistics.mean(folds):.1f} ± {statistics.stdev(folds):.1f}")
+    measured = results["measures"]
+    lines += ["", f"target features of test images: standard deviation {measured['target_std']:.2f}, effective rank {measured['rank']:.1f} of "
+              f"{results['width']}; the predictor's cosine {measured['cosine']:.2f}, the mean target's {measured['mean_cosine']:.2f}"]
+    lines += [f"warning: {text}" for text in results["warnings"]]
+    edge = [ROWS.get(name, name) for name, score in scores.items() if score["heads"]["last+bn"]["at_edge"]]
     if edge:
         lines += ["", f"The probe chose its strongest regularisation for: {', '.join(edge)}. A stronger one might score higher."]
-    if "target" in scores and scores["pixels"]["knn"] > scores["target"]["knn"]:
+    if scores["pixels"]["knn"] > scores["target"]["knn"]:
         lines += ["", "The raw pixels' kNN beats the target encoder's here: among the labelled images some match pixel by pixel,",
                   "and the cosine of pooled features is not the distance that a probe learns (README, How accuracy is measured)."]
     return "\n".join(lines)
 
 
+def summary(runs):
+    """Mean and standard deviation of several runs' results (a list of what evaluation.json holds), as text."""
+    lines = [f"{len(runs)} runs, mean ± standard deviation, percent", "", f"{'':16}{'linear':>14}{'kNN':>14}{'macro F1':>14}{'best head':>14}"]
+    for name in runs[0]["features"]:
+        line = f"{ROWS.get(name, name):16}"
+        for measure in ("linear", "knn", "macro_f1", "best"):
+            values = [100 * run["features"][name][measure] for run in runs]
+            line += f"{f'{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}':>14}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
 # ---- command line ----
 
-def labelled(name, split, data_dir, image_size, n, seed):
-    """The labelled split of a data set, cut to `n` images (0 is all); raises UsageError where there are no labels."""
+
+def labelled(name, split, data_dir, image_size):
+    """The labelled split of a data set; raises UsageError where there are no labels."""
     dataset = data.load(name, split, data_dir, image_size)
     if dataset.labels is None:
-        raise config.UsageError(f"evaluation needs labels, and the {split} split of {name} has none")
-    return subsample(dataset, n, seed)
+        raise config.UsageError(f"evaluation needs labels, and the {split} split of {name} has none; name labelled data with --dataset")
+    return dataset
 
 
 def random_encoder(run_config, about, device, seed):
@@ -199,50 +222,119 @@ def random_encoder(run_config, about, device, seed):
 
 def arguments(argv):
     """The command line as a namespace."""
-    parser = config.Parser(prog="evaluate.py", description="Linear probe and kNN of a pretrained encoder, beside its baselines.")
-    parser.add_argument("run", type=Path, metavar="RUN", help="run folder that train.py wrote")
+    parser = config.Parser(prog="evaluate.py", description="Probes of a pretrained encoder's frozen features, beside its baselines.")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders that train.py wrote")
     parser.add_argument("--train-images", type=int, default=10000, help="labelled training images; 0 is all (default 10000)")
     parser.add_argument("--test-images", type=int, default=0, help="test images; 0 is all (default 0)")
+    parser.add_argument("--attentive", type=int, default=0, metavar="EPOCHS", help="also train an attentive probe for this long (default 0)")
+    parser.add_argument("--finetune", type=int, default=0, metavar="EPOCHS", help="also fine-tune the whole encoder (default 0)")
+    parser.add_argument("--layer-decay", type=float, default=0.75, help="fine-tuning: a layer's learning rate over the next one's (default .75)")
+    parser.add_argument("--smoothing", type=float, default=0.1, help="fine-tuning: label smoothing (default .1)")
+    parser.add_argument("--compare", type=Path, metavar="OTHER", help="only compare two runs' target encoders: CKA and shared neighbours")
     parser.add_argument("--seed", type=int, default=0, help="seed of the subsets, the held-out images and the random encoder (default 0)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto takes cuda, else mps, else cpu")
     parser.add_argument("--dataset", help="labelled data with a train and a test split, where it is not what the run was trained on")
     parser.add_argument("--data-dir", help="folder of the data, where it is not the one the run was trained from")
     args = parser.parse_args(argv)
-    if min(args.train_images, args.test_images) < 0:
-        raise config.UsageError("--train-images and --test-images must be 0 (all) or more")
+    if min(args.train_images, args.test_images, args.attentive, args.finetune) < 0:
+        raise config.UsageError("--train-images and --test-images must be 0 (all) or more, --attentive and --finetune 0 (none) or more epochs")
+    if not 0 < args.layer_decay <= 1 or not 0 <= args.smoothing < 1:
+        raise config.UsageError("--layer-decay must be above 0 and at most 1, --smoothing from 0 to below 1")
     return args
 
 
-def main(argv=None):
-    """Evaluate one run: print the table, write RUN/evaluation.json; raises UsageError for what the user can put right."""
-    args, start = arguments(argv), time.perf_counter()
-    device = train.pick_device(args.device)
-    model, run_config, about = train.load_run(args.run, device)
-    size, data_dir = run_config.image_size, args.data_dir or run_config.data_dir
-    name = args.dataset or run_config.dataset
-    train_set = labelled(name, "train", data_dir, size, args.train_images, args.seed)
-    test_set = labelled(name, "test", data_dir, size, args.test_images, args.seed)
-    if train_set.images.shape[1] != about["channels"]:
-        raise config.UsageError(f"{name} has {train_set.images.shape[1]} channels, the run's encoder takes {about['channels']}")
-    encoders = {"target": model.target_encoder, "context": model.context_encoder,
-                "random": random_encoder(run_config, about, device, args.seed)}
-    scores = evaluate(encoders, train_set, test_set, size, device, args.seed)
-    results = {
-        "dataset": name, "split_sizes": {"train": len(train_set), "test": len(test_set)},
-        # What answering the commonest class every time would score.
-        "chance": test_set.labels.bincount().max().item() / len(test_set),
-        "features": {name: {"linear": score["linear"], "knn": score["knn"]} for name, score in scores.items()},
-        "probe": {name: {key: score[key] for key in ("strength", "held_out_accuracy", "at_edge")} for name, score in scores.items()},
+def provenance(run_config, about, device, argv):
+    """What every results file says of where its numbers come from: configuration, commands, training, hardware, date."""
+    return {
         "config": dataclasses.asdict(run_config),
         "commands": [config.command(run_config), "python evaluate.py " + shlex.join(sys.argv[1:] if argv is None else map(str, argv))],
         "training": about["progress"],
         "hardware": {"processor": platform.processor() or platform.machine(), "cpus": os.cpu_count(), "torch": torch.__version__,
                      "gpu": torch.cuda.get_device_name() if device.type == "cuda" else None},
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "seconds": {"total": time.perf_counter() - start, **{name: score["seconds"] for name, score in scores.items()}},
+    }
+
+
+def trained_heads(args, model, random, train_set, test_set, size, device, run_config):
+    """The probes that are trained step by step, on the target and the random encoder: what evaluation.json holds of them, a dict."""
+    found = {}
+    for name, encoder in (("target", model.target_encoder), ("random", random)):
+        if args.attentive:
+            tokens = [patch_tokens(encoder, dataset, size, device) for dataset in (train_set, test_set)]
+            found.setdefault("attentive", {})[name] = probes.attentive_probe(
+                tokens[0], train_set.labels.to(device), tokens[1], test_set.labels, args.attentive, args.seed)
+        if args.finetune:
+            found.setdefault("fine_tuned", {})[name] = probes.fine_tune(
+                encoder, train_set, test_set, size, device, args.finetune, args.layer_decay, args.smoothing, run_config.crop_scale,
+                run_config.flip, args.seed)
+    for part in found.values():
+        for head in part.values():
+            del head["predictions"]
+    return found
+
+
+def evaluate_run(folder, args, argv=None):
+    """Evaluate one run folder as the command line says: print the tables, write and return what evaluation.json holds."""
+    start, device = time.perf_counter(), train.pick_device(args.device)
+    model, run_config, about = train.load_run(folder, device)
+    size, data_dir, name = run_config.image_size, args.data_dir or run_config.data_dir, args.dataset or run_config.dataset
+    full, test_set = labelled(name, "train", data_dir, size), labelled(name, "test", data_dir, size)
+    if full.images.shape[1] != about["channels"]:
+        raise config.UsageError(f"{name} has {full.images.shape[1]} channels, the run's encoder takes {about['channels']}")
+    train_set, test_set = subsample(full, args.train_images, args.seed), subsample(test_set, args.test_images, args.seed)
+    per_class = full.labels.bincount()[full.labels.unique()].min().item()
+    counts = sorted({*probes.LOW_SHOT, *(count for count in (per_class // 100, per_class // 10) if count > 1)})  # 1% and 10% of the labels
+    random = random_encoder(run_config, about, device, args.seed)
+    encoders = {"target": model.target_encoder, "context": model.context_encoder, "random": random}
+    scores, few, seconds = evaluate(encoders, train_set, test_set, size, device, args.seed, folder, counts)
+    some = torch.randperm(len(test_set), generator=torch.Generator().manual_seed(args.seed))[:512]
+    images = torch.cat(list(data.batches(test_set.subset(some), 128, size, device)))
+    measures = diagnostics.measure(model, images)
+    results = {
+        "dataset": name, "split_sizes": {"train": len(train_set), "test": len(test_set)}, "width": model.context_encoder.width,
+        # What answering the commonest class every time would score.
+        "chance": test_set.labels.bincount().max().item() / len(test_set),
+        "class_names": test_set.class_names, "features": scores,
+        "low_shot": {"per_class": few["target"]["per_class"], "full": per_class,
+                     "scores": {row: {"mean": part["mean"], "std": part["std"]} for row, part in few.items()}},
+        **trained_heads(args, model, random, train_set, test_set, size, device, run_config),
+        "measures": measures, "warnings": list(diagnostics.warnings(measures, measures, 1.0).values()),
+        **provenance(run_config, about, device, argv),
+        "seconds": {"total": time.perf_counter() - start, **seconds},
     }
     print(table(results))
-    train.write(args.run / "evaluation.json", lambda path: Path(path).write_text(json.dumps(results, indent=2)))
+    train.write(folder / "evaluation.json", lambda path: Path(path).write_text(json.dumps(results, indent=2)))
+    return results
+
+
+def compare(args):
+    """How alike two runs' target encoders are, beside the first one's random encoder, on the first one's test images; prints, and writes
+    RUN/compare.json."""
+    device, found = train.pick_device(args.device), {}
+    model, run_config, about = train.load_run(args.runs[0], device)
+    other, other_config, _ = train.load_run(args.compare, device)
+    encoders = {str(args.compare): (other.target_encoder, other_config.image_size),
+                "random encoder": (random_encoder(run_config, about, device, args.seed), run_config.image_size)}
+    images = data.load(args.dataset or run_config.dataset, "test", args.data_dir or run_config.data_dir, run_config.image_size)
+    chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed))[: args.test_images or 5000]
+    images = images.subset(chosen)
+    x = features(model.target_encoder, images, run_config.image_size, device)
+    print(f"{args.runs[0]} on {len(images):,} test images of {images.name}, beside", f"{'':24}{'CKA':>8}{'10 neighbours shared, %':>28}", sep="\n")
+    for name, (encoder, size) in encoders.items():
+        y = features(encoder, images, size, device)
+        found[name] = {"cka": probes.linear_cka(x, y), "neighbour_overlap": probes.neighbour_overlap(x, y)}
+        print(f"{name:24}{found[name]['cka']:8.2f}{100 * found[name]['neighbour_overlap']:28.1f}")
+    train.write(args.runs[0] / "compare.json", lambda path: Path(path).write_text(json.dumps(found, indent=2)))
+
+
+def main(argv=None):
+    """Evaluate runs: print the tables, write each RUN/evaluation.json; raises UsageError for what the user can put right."""
+    args = arguments(argv)
+    if args.compare:
+        return compare(args)
+    runs = [evaluate_run(folder, args, argv) for folder in args.runs]
+    if len(runs) > 1:
+        print(f"\n{summary(runs)}")
 
 
 if __name__ == "__main__":

@@ -1,48 +1,36 @@
-"""Every figure: masks, coverage, curves, what the predictor imagines, t-SNE, tokens, attention, confusion.
+"""What a run looks like: what its predictor imagines, where its encoder looks, and every figure of figures.py, written to files.
 
     python predict_and_visualize.py RUN          writes RUN/figures/*.png and RUN/figures/retrieval.json
 
-Each figure is a function that takes tensors and returns a matplotlib `Figure`, so that scripts save it, notebooks show it and
-tests call it. Colours are Okabe and Ito's, which colour-blind readers tell apart. Alphabet as in models.py; images shown are
-float [B, 3, H, W] in 0..1.
+Here is what has to ask the model; what only draws is in figures.py. Alphabet as in models.py; images are normalised float
+[B, C, H, W] as the encoder takes them, pictures the same images as they are shown, float [B, 3, H, W] in 0..1.
 """
 
 import csv
 import json
+import math
+from collections import namedtuple
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.colors import to_rgb
-from matplotlib.figure import Figure
-from sklearn.decomposition import PCA
-from sklearn.manifold import TSNE
 
 import config
 import data
 import evaluate
 import models
 import train
+from figures import (COLOURS, add_bar, comparison_figure, confusion_figure, coverage_figure, curves_figure, frame, low_shot_figure,
+                     mask_figure, nearest_images_figure, per_class_figure, table, to_pixels, token_figure, tsne_figure)
+from masking import Masks
 
-COLOURS = ["#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#0072B2", "#D55E00", "#F0E442", "#999999", "#000000", "#7F3C8D"]
-
-
-# ---- small pieces
-
-
-def show(axes, image, title="", size=9):
-    """One image [3, H, W] in 0..1 (or a grey one [H, W]) on an axes without ticks."""
-    picture = image.movedim(0, -1) if image.ndim == 3 else image
-    axes.imshow(picture.clamp(0, 1).numpy(), cmap="gray", interpolation="nearest")
-    axes.set(xticks=[], yticks=[])
-    axes.set_title(title, fontsize=size)
+SHOWN = 6  # images in the rows of the figures
+TSNE_IMAGES = 5000
+Gallery = namedtuple("Gallery", "features patches")  # of the same patches: layer-normed target features [K, D], pixels [K, 3 * patch**2]
 
 
-def to_pixels(flags, image_size, grid):
-    """Boolean patch maps [..., N] as pixel maps [..., H, W]."""
-    patch = image_size // grid[0]
-    return flags.unflatten(-1, grid).repeat_interleave(patch, -2).repeat_interleave(patch, -1)  # [..., H, W]
+# ---- images, as the encoder takes them and as they are shown
 
 
 def rgb(dataset, indices, size):
@@ -56,101 +44,7 @@ def normalised(dataset, indices, size):
     return next(data.batches(dataset.subset(indices), len(indices), size))
 
 
-# ---- masks
-
-
-def mask_figure(images, masks, grid, title=""):
-    """A row for each image [B, 3, H, W]: the image, what the context encoder sees (the rest white), and each target block in its colour."""
-    B, M = masks.targets.shape[:2]
-    context, targets = (to_pixels(part, images.shape[-1], grid) for part in masks.maps(grid[0] * grid[1]))  # [B, H, W], [B, M, H, W]
-    figure = Figure(figsize=(1.35 * (M + 2), 1.45 * B + 0.6), layout="constrained")
-    axes = figure.subplots(B, M + 2, squeeze=False)
-    for i, row in enumerate(axes):
-        names = ["image", "context", *(f"target {m + 1}" for m in range(M))] if i == 0 else [""] * (M + 2)
-        show(row[0], images[i], names[0])
-        show(row[1], torch.where(context[i], images[i], 1.0), names[1])
-        for m in range(M):
-            tint = torch.tensor(to_rgb(COLOURS[m % len(COLOURS)]))[:, None, None]  # [3, 1, 1]
-            show(row[2 + m], torch.where(targets[i, m], 0.45 * images[i] + 0.55 * tint, 0.25 * images[i] + 0.75), names[2 + m])
-    figure.suptitle(title, fontsize=10)
-    return figure
-
-
-def official_coverage(grid, batch_size, batches, generator, min_keep=4):
-    """How often each patch is context and target under the rules of the official sampler: two float [N] maps in 0..1.
-
-    The rules, from its published code: one block size a batch from one random number, which drives scale and aspect alike; the
-    first row and column drawn below the last possible one; every mask cut to the batch's shortest by keeping its first patches.
-    """
-    H, W = grid
-    counts = torch.zeros(2, H * W)
-    for _ in range(batches):
-        u = torch.rand(1, generator=generator).item()
-        area, aspect = H * W * (0.15 + 0.05 * u), 0.75 + 0.75 * u
-        h, w = min(round((area * aspect) ** 0.5), H - 1), min(round((area / aspect) ** 0.5), W - 1)
-        side = round((H * W * (0.85 + 0.15 * u)) ** 0.5)
-        sides = min(side, H - 1), min(side, W - 1)
-
-        def block(height, width):
-            top, left = (int(torch.randint(0, n, (1,), generator=generator)) for n in (max(H - height, 1), max(W - width, 1)))
-            cells = torch.zeros(H, W, dtype=torch.bool)
-            cells[top : top + height, left : left + width] = True
-            return cells.flatten()  # [N]
-
-        contexts = []
-        while len(contexts) < batch_size:
-            targets = torch.stack([block(h, w) for _ in range(4)])  # [4, N]
-            kept = (block(*sides) & ~targets.any(0)).nonzero()[:, 0]
-            if len(kept) > min_keep:  # it draws again otherwise
-                contexts.append(kept)
-                counts[1] += targets.any(0)
-        shortest = min(map(len, contexts))
-        for kept in contexts:
-            counts[0][kept[:shortest]] += 1
-    return counts / (batches * batch_size)
-
-
-def coverage_figure(masking, generator, batch_size=64, batches=16):
-    """How often each cell of a 2-D grid is context and target: this sampler above, the official sampler's rules below."""
-    drawn = [masking(batch_size, generator).maps(masking.N) for _ in range(batches)]
-    ours = torch.stack([torch.cat([c for c, _ in drawn]).float().mean(0), torch.cat([t.any(1) for _, t in drawn]).float().mean(0)])
-    official = official_coverage(masking.grid, batch_size, batches, generator)
-    figure = Figure(figsize=(6.4, 6.2), layout="constrained")
-    for row, (name, maps) in zip(figure.subplots(2, 2), (("ours", ours), ("official rules", official))):
-        for axes, part, values in zip(row, ("context", "any target"), maps):
-            values = values.view(masking.grid)
-            picture = axes.imshow(values.numpy(), cmap="viridis", vmin=0)
-            never = (values == 0).sum().item()
-            axes.set_title(f"{name}: {part}, {never} of {masking.N} cells never", fontsize=9)
-            axes.set(xticks=[], yticks=[])
-            figure.colorbar(picture, ax=axes, shrink=0.8)
-    figure.suptitle(f"How often each patch of a {'x'.join(map(str, masking.grid))} grid is used", fontsize=10)
-    return figure
-
-
-# ---- curves
-
-
-def curves_figure(rows, title=""):
-    """Training curves over optimizer steps from the rows of metrics.csv (dicts of strings)."""
-    columns = {name: np.array([float(row[name]) for row in rows]) for name in rows[0]}
-    panels = [("loss", "falls, then may rise as the targets grow richer"), ("target_std", "near 0: collapsed"),
-              ("grad_norm", ""), ("lr", ""), ("weight_decay", ""), ("momentum", "")]
-    figure = Figure(figsize=(9, 4.6), layout="constrained")
-    for axes, (name, note) in zip(figure.subplots(2, 3, sharex=True).flat, panels):
-        axes.plot(columns["step"], columns[name], color=COLOURS[4], linewidth=1.3)
-        axes.set_title(name.replace("_", " ") + (f" ({note})" if note else ""), fontsize=9)
-        axes.tick_params(labelsize=8)
-        axes.grid(alpha=0.3)
-        if name == "target_std":
-            axes.set_ylim(0, 1.1)
-    for axes in figure.axes[3:]:
-        axes.set_xlabel("optimizer step", fontsize=9)
-    figure.suptitle(title, fontsize=10)
-    return figure
-
-
-# ---- what the predictor imagines
+# ---- features
 
 
 @torch.no_grad()
@@ -164,8 +58,7 @@ def block_features(model, images, masks, predictor):
 @torch.no_grad()
 def gallery_features(model, images):
     """Layer-normed target features of every patch of normalised images [G, C, H, W] -> [G * N, D]."""
-    tokens = torch.cat([model.target_encoder(part) for part in images.split(256)])  # [G, N, D]
-    return F.layer_norm(tokens, tokens.shape[-1:]).flatten(0, 1)
+    return torch.cat([model.target_tokens(part) for part in images.split(256)]).flatten(0, 1)  # [G * N, D]
 
 
 def nearest(queries, gallery, k=1):
@@ -205,45 +98,86 @@ def retrieval(model, untrained, images, labels, masks, gallery_images, gallery_l
     return results
 
 
-def neighbours_figure(model, untrained, images, pictures, masks, gallery_images, gallery_pictures, title=""):
+# ---- what the predictor imagines
+
+
+def make_gallery(model, images, pictures):
+    """The patches that hidden ones may be filled with: a Gallery of all patches of G images, given normalised and as pictures."""
+    return Gallery(gallery_features(model, images), models.patchify(pictures, pictures.shape[-1] // model.masking.grid[0]).flatten(0, 1))
+
+
+def fill(pictures, masks, features, gallery, grid):
+    """Pictures [B, 3, H, W] with each target patch replaced by the gallery's nearest (cosine) to its feature in [B, M, Nt, D]."""
+    patch = pictures.shape[-1] // grid[0]
+    _, valid = masks.valid()  # [B, M, Nt]
+    row = torch.arange(len(pictures))[:, None, None].expand_as(masks.targets)  # [B, M, Nt], number of the image
+    patches = models.patchify(pictures, patch).clone()  # [B, N, 3 * patch**2]
+    patches[row[valid], masks.targets[valid]] = gallery.patches[nearest(features[valid], gallery.features)[:, 0]]
+    tiles = patches.unflatten(1, grid).unflatten(-1, (3, patch, patch))  # [B, rows, columns, 3, patch, patch]
+    return tiles.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)  # [B, 3, H, W]
+
+
+def neighbours_figure(model, untrained, images, pictures, masks, gallery, title=""):
     """What the predictor imagines: hidden patches replaced by the gallery patch whose target feature is nearest (cosine).
 
     A row an image: original, context, one column for each target block filled from *predicted* features, all blocks at once,
-    then two controls: filled from the *true* features (the best this gallery can do) and from an untrained predictor's.
-    images, gallery_images: normalised; pictures, gallery_pictures: the same in 0..1; gallery and images are disjoint.
+    then two controls: filled from the *true* features (the best this gallery can do) and from an `untrained` predictor's.
+    The gallery is of other images.
     """
-    (B, M), grid, size = masks.targets.shape[:2], model.masking.grid, pictures.shape[-1]
-    patch = size // grid[0]
-    gallery = gallery_features(model, gallery_images)
-    tiles = models.patchify(gallery_pictures, patch).flatten(0, 1)  # [G * N, 3 * patch**2]
+    M, grid, size = masks.targets.shape[1], model.masking.grid, pictures.shape[-1]
     context, targets = masks.maps(model.masking.N)  # [B, N], [B, M, N]
     hidden = torch.where(to_pixels(context, size, grid)[:, None], pictures, 1.0)  # [B, 3, H, W]
-    _, valid = masks.valid()  # [B, M, Nt]
-
-    def fill(features):
-        """Pictures with every target patch replaced, [B, N, 3 * patch**2], white elsewhere."""
-        filled = models.patchify(hidden, patch).clone()  # [B, N, 3 * patch**2]
-        found = nearest(features[valid], gallery)[:, 0]
-        row = torch.arange(B)[:, None, None].expand_as(masks.targets)[valid]
-        filled[row, masks.targets[valid]] = tiles[found]
-        return filled
-
-    def to_image(flat):
-        """patchify undone: [B, N, 3 * patch**2] -> [B, 3, H, W]."""
-        return flat.unflatten(1, grid).unflatten(-1, (3, patch, patch)).permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
-
     predicted, true = block_features(model, images, masks, model.predictor)
     guess, _ = block_features(model, images, masks, untrained)
-    filled = to_image(fill(predicted))
+    filled, best, chance = (fill(hidden, masks, features, gallery, grid) for features in (predicted, true, guess))
     where = to_pixels(targets, size, grid)[:, :, None]  # [B, M, 1, H, W]
     columns = [("original", pictures), ("context", hidden)]
     columns += [(f"block {m + 1}", torch.where(where[:, m], filled, hidden)) for m in range(M)]
-    columns += [("all predicted", filled), ("true features", to_image(fill(true))), ("untrained", to_image(fill(guess)))]
-    figure = Figure(figsize=(1.25 * len(columns), 1.32 * B + 0.6), layout="constrained")
-    for i, row in enumerate(figure.subplots(B, len(columns), squeeze=False)):
-        for axes, (name, picture) in zip(row, columns):
-            show(axes, picture[i], name if i == 0 else "")
-    figure.suptitle(title, fontsize=10)
+    columns += [("all predicted", filled), ("true features", best), ("untrained", chance)]
+    return table(columns, title)[0]
+
+
+def slide(grid, sides):
+    """One block of `sides` (rows, columns of patches) at each of its P places on the grid, in raster order: Masks of P images.
+
+    The context is all the rest, more than in training, so nothing is padded: context [P, N - Nt], targets [P, 1, Nt].
+    """
+    cells = torch.arange(math.prod(grid)).view(grid)
+    blocks = cells.unfold(0, sides[0], 1).unfold(1, sides[1], 1).flatten(2).flatten(0, 1)  # [P, Nt]
+    hidden = torch.zeros(len(blocks), cells.numel(), dtype=torch.bool).scatter_(1, blocks, True)  # [P, N]
+    context = cells.flatten().expand_as(hidden)[~hidden].view(len(blocks), -1)  # [P, N - Nt]
+    return Masks(context, None, blocks[:, None], None)
+
+
+def moving_block_figure(model, images, pictures, gallery, sides=None, places=5, title=""):
+    """One block slides over each picture: what is imagined at up to `places` places of the middle row, and the error at every place.
+
+    sides: rows and columns of the block, in patches; by default a block of the middle of the run's target scales. The error is the
+    cosine distance of predicted and true features, averaged over the block, drawn at the block's centre.
+    """
+    grid, size = model.masking.grid, pictures.shape[-1]
+    sides = sides or [max(1, round(side * (sum(model.masking.target_scale) / 2) ** 0.5)) for side in grid]
+    patch, masks = size // grid[0], slide(grid, sides)
+    high, wide = (side - length + 1 for side, length in zip(grid, sides))
+    steps = torch.linspace(0, wide - 1, min(places, wide)).round().long()
+    chosen = high // 2 * wide + steps  # of the P places
+    some = Masks(masks.context[chosen], None, masks.targets[chosen], None)
+    filled, errors = [], []
+    for image, picture in zip(images, pictures):
+        predicted, true = block_features(model, image.expand(len(masks.context), -1, -1, -1), masks, model.predictor)  # [P, 1, Nt, D]
+        filled.append(fill(picture.expand(len(chosen), -1, -1, -1), some, predicted[chosen], gallery, grid))  # [places, 3, H, W]
+        errors.append((1 - F.cosine_similarity(predicted, true, dim=-1)).mean((1, 2)).view(high, wide))
+    filled, errors = torch.stack(filled), torch.stack(errors)  # [B, places, 3, H, W], [B, high, wide]
+    columns = [(f"column {step + 1}", filled[:, place]) for place, step in enumerate(steps)]
+    figure, axes = table([("original", pictures), *columns, ("error, by centre", 0.5 + 0.5 * pictures)], title)
+    left, top = ((length - 1) / 2 * patch - 0.5 for length in (sides[1], sides[0]))  # the patch at the centre of the first place
+    for row, error in zip(axes, errors):
+        for panel, step in zip(row[1:], steps):
+            frame(panel, (high // 2 * patch, step * patch), (sides[0] * patch, sides[1] * patch), COLOURS[5])
+        row[-1].imshow(error.numpy(), cmap="magma", vmin=0, vmax=errors.max().item(),
+                       extent=(left, left + wide * patch, top + high * patch, top))
+        row[-1].set(xlim=(-0.5, size - 0.5), ylim=(size - 0.5, -0.5))
+    add_bar(figure, axes[:, -1], "cosine distance", shrink=0.8)
     return figure
 
 
@@ -259,90 +193,152 @@ def error_figure(model, images, pictures, generator, draws=32, title=""):
         total.scatter_add_(1, masks.targets.flatten(1), (distance * valid).flatten(1))
         count.scatter_add_(1, masks.targets.flatten(1), valid.float().flatten(1))
     error = (total / count.clamp(min=1)).unflatten(1, grid)  # [B, rows, columns]
-    figure = Figure(figsize=(1.5 * B, 3.6), layout="constrained")
-    axes = figure.subplots(2, B, squeeze=False)
-    for i in range(B):
-        show(axes[0, i], pictures[i])
-        heat = axes[1, i].imshow(error[i].numpy(), cmap="magma", vmin=0, vmax=error.max().item())
-        axes[1, i].set(xticks=[], yticks=[])
-    figure.colorbar(heat, ax=axes[1, :], shrink=0.8, label="cosine distance")
-    figure.suptitle(title, fontsize=10)
+    figure, axes = table([("", pair) for pair in zip(pictures, error)], title, cmap="magma", vmax=error.max().item())
+    add_bar(figure, axes[1], "cosine distance")
     return figure
 
 
-# ---- features
-
-
-def tsne_figure(features, labels, class_names, title="", seed=0):
-    """t-SNE side by side of several features of the same images: features a dict of name -> [n, D], labels int64 [n]."""
-    figure = Figure(figsize=(5.2 * len(features), 5.6), layout="constrained")
-    panels = figure.subplots(1, len(features), squeeze=False)[0]
-    for axes, (name, x) in zip(panels, features.items()):
-        x = PCA(min(50, x.shape[1]), random_state=seed).fit_transform(x.numpy())
-        places = TSNE(random_state=seed, init="pca").fit_transform(x)  # [n, 2]
-        for kind in range(len(class_names)):
-            chosen = (labels == kind).numpy()
-            axes.scatter(*places[chosen].T, s=5, linewidths=0, color=COLOURS[kind % len(COLOURS)], label=class_names[kind])
-        axes.set(xticks=[], yticks=[])
-        axes.set_title(name, fontsize=10)
-    handles, names = panels[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 5), fontsize=9, markerscale=3, frameon=False)
-    figure.suptitle(title, fontsize=10)
-    return figure
+# ---- where the encoder looks
 
 
 @torch.no_grad()
-def token_figure(encoder, images, pictures, title=""):
-    """The patch tokens' first three principal components over all images as red, green and blue, under each picture."""
-    tokens = encoder(images)  # [B, N, D]
-    parts = PCA(3).fit_transform(tokens.flatten(0, 1).numpy())  # [B * N, 3]
-    low, high = np.percentile(parts, [2, 98], axis=0)
-    colours = torch.tensor((parts - low) / (high - low)).float().unflatten(0, tokens.shape[:2]).mT.unflatten(2, encoder.grid)
-    figure = Figure(figsize=(1.35 * len(images), 3.3), layout="constrained")
-    for column, picture, colour in zip(figure.subplots(2, len(images), squeeze=False).T, pictures, colours):
-        show(column[0], picture)
-        show(column[1], colour)
-    figure.suptitle(title, fontsize=10)
-    return figure
+def attention_weights(encoder, images):
+    """How the last block mixes the patches of normalised images: softmax weights [B, nh, N, N], queries in rows, each summing to 1."""
+    attention, inputs = encoder.blocks[-1].attention, []
+    hook = attention.register_forward_pre_hook(lambda module, given: inputs.append(given[0]))  # the fused kernel keeps no weights
+    encoder(images)
+    hook.remove()
+    q, k, _ = attention.qkv(inputs[0]).unflatten(-1, (3, attention.heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, nh, N, D/nh]
+    return (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(dim=-1)  # [B, nh, N, N]
 
 
-def nearest_images_figure(gallery, gallery_pictures, queries, query_pictures, k=7, title=""):
-    """Each query image followed by the k gallery images of highest cosine: features [G, D] and [Q, D]."""
-    found = nearest(queries, gallery, k)  # [Q, k]
-    figure = Figure(figsize=(1.2 * (k + 1), 1.25 * len(queries) + 0.6), layout="constrained")
-    for i, row in enumerate(figure.subplots(len(queries), k + 1, squeeze=False)):
-        show(row[0], query_pictures[i], "query" if i == 0 else "")
-        for j in range(k):
-            show(row[j + 1], gallery_pictures[found[i, j]], f"nearest {j + 1}" if i == 0 else "")
-    figure.suptitle(title, fontsize=10)
-    return figure
+def attention_figure(encoder, images, pictures, title="", queries=None):
+    """Attention of the last block, averaged over heads: for each image the mean over all queries, then that of single patches.
 
-
-def comparison_figure(results):
-    """Bars of evaluation.json: linear probe and kNN of the trained encoders beside the random one and the raw pixels."""
-    names = list(results["features"])
-    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
-    axes = figure.subplots()
-    for offset, measure, colour in ((-0.2, "linear", COLOURS[4]), (0.2, "knn", COLOURS[0])):
-        values = [100 * results["features"][name][measure] for name in names]
-        bars = axes.bar(np.arange(len(names)) + offset, values, 0.38, color=colour, label={"linear": "linear probe", "knn": "kNN"}[measure])
-        axes.bar_label(bars, fmt="%.1f", fontsize=8)
-    axes.axhline(100 * results["chance"], color="gray", linestyle=":", linewidth=1, label="chance")
-    axes.set_xticks(range(len(names)), [evaluate.ROWS.get(name, name) for name in names], fontsize=9)
-    axes.set_ylabel("test accuracy, %", fontsize=9)
-    axes.legend(fontsize=8, frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_title(f"{results['dataset']}: what the frozen features know", fontsize=10)
+    queries: patch indices, by default three far from each other. Weights are in multiples of an even share, 1/N.
+    """
+    grid, patch = encoder.grid, encoder.patch_size
+    if queries is None:
+        queries = [int(down * grid[0]) * grid[1] + int(across * grid[1]) for down, across in ((0.2, 0.2), (0.5, 0.5), (0.8, 0.2))]
+    weights = attention_weights(encoder, images).mean(1) * math.prod(grid)  # [B, N, N]
+    columns = [("mean of all", weights.mean(1)), *((f"from patch {query}", weights[:, query]) for query in queries)]  # maps [B, N]
+    columns = [("image", pictures), *((name, values.unflatten(1, grid)) for name, values in columns)]
+    top = torch.stack([values for _, values in columns[1:]]).quantile(0.99).item()
+    figure, axes = table(columns, title, cmap="viridis", vmax=top)
+    for row in axes:
+        for panel, query, colour in zip(row[2:], queries, (COLOURS[5], COLOURS[3], COLOURS[0])):
+            place = divmod(query, grid[1])
+            frame(panel, place, (1, 1), colour)
+            frame(row[0], [patch * step for step in place], (patch, patch), colour)
+    add_bar(figure, axes[:, 1:], "attention (1: an even share)", shrink=0.6, extend="max")
     return figure
 
 
 # ---- command line
 
 
-def held_out(dataset, count, seed):
-    """Two disjoint random sets of image numbers: `count` queries, int64 [count], and all the rest for galleries."""
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
-    return order[:count], order[count:]
+@dataclass
+class Run:
+    """A trained run and the images that its figures show: the first SHOWN of `order` in rows, those after them as the gallery."""
+
+    folder: Path
+    model: models.IJEPA
+    config: config.Config
+    about: dict  # what train.load_run says of its data
+    test: data.ImageDataset
+    order: torch.Tensor  # int64 [n], a random order of the test images
+    gallery_size: int
+    tsne_size: int
+    seed: int
+
+    @property
+    def what(self):
+        """Data and run, for titles."""
+        return f"{self.test.name}, {self.folder.name}"
+
+    def take(self, start, stop):
+        """The images from place `start` to `stop` of the order, normalised and as pictures."""
+        chosen, size = self.order[start:stop], self.config.image_size
+        return normalised(self.test, chosen, size), rgb(self.test, chosen, size)
+
+
+def predictor_figures(run, untrained, generator):
+    """Yields (file name, Figure): what is hidden from a run's model, and what its predictor makes of it."""
+    model, (images, pictures) = run.model, run.take(0, SHOWN)
+    masks = model.masking(SHOWN, generator)
+    yield "masks", mask_figure(pictures, masks, model.masking.grid,
+                               f"{run.what}: seen by the context encoder (the rest is white), and to be predicted (in colour)")
+    yield "coverage", coverage_figure(model.masking, generator)
+    gallery = make_gallery(model, *run.take(SHOWN, SHOWN + run.gallery_size))
+    yield "predictor_neighbours", neighbours_figure(
+        model, untrained, images, pictures, masks, gallery,
+        f"{run.what}: hidden patches filled with the nearest of {run.gallery_size:,} held-out images' patches.\n"
+        "Notice where 'all predicted' goes on with what the context shows, and what only 'true features' finds")
+    yield "moving_block", moving_block_figure(
+        model, images[:4], pictures[:4], gallery, title=f"{run.what}: one block, asked about at several places.\n"
+        "Notice how the answer changes with the place, and where the error is high")
+    yield "prediction_error", error_figure(
+        model, images, pictures, generator, title=f"{run.what}: where prediction is hard (mean of 32 masks).\n"
+        "Notice that outlines and small things are harder than plain ground")
+
+
+def encoder_figures(run):
+    """Yields (file name, Figure): how a run's target encoder sees single patches, and whole images."""
+    encoder, (images, pictures), size = run.model.target_encoder, run.take(0, SHOWN), run.config.image_size
+    with torch.no_grad():
+        tokens = encoder(images)  # [B, N, D]
+    yield "tokens", token_figure(tokens, encoder.grid, pictures, f"{run.what}: first three principal components of the patch tokens.\n"
+                                 "Notice that alike patches get alike colours, in all images")
+    yield "attention", attention_figure(encoder, images[:4], pictures[:4], f"{run.what}: attention of the last block.\n"
+                                        "Notice how it depends on the patch that asks (framed)")
+    labels = run.test.labels
+    used = run.order[: max(SHOWN + run.gallery_size, 0 if labels is None else run.tsne_size)]
+    pooled = evaluate.features(encoder, run.test.subset(used), size, "cpu")  # [n, D]
+    found = SHOWN + nearest(pooled[:SHOWN], pooled[SHOWN : SHOWN + run.gallery_size], 7)  # [SHOWN, 7]
+    yield "nearest_images", nearest_images_figure(
+        pictures, rgb(run.test, run.order[found.flatten()], size).unflatten(0, found.shape),
+        f"{run.what}: nearest of {run.gallery_size:,} held-out images by pooled target features.\nNotice what makes two images alike")
+    if labels is None:
+        print(f"left out tsne: the images of {run.test.name} have no labels to colour it by")
+        return
+    used = run.order[: run.tsne_size]
+    random = evaluate.random_encoder(run.config, run.about, torch.device("cpu"), run.seed)
+    features = {"target encoder": pooled[: run.tsne_size], "random encoder": evaluate.features(random, run.test.subset(used), size, "cpu")}
+    yield "tsne", tsne_figure(features, labels[used], run.test.class_names or [str(k) for k in range(int(labels.max()) + 1)],
+                              f"{run.what}: t-SNE of {len(used):,} held-out images' pooled features.\n"
+                              "Notice which classes come apart, if any, and whether only after training")
+
+
+def recorded_figures(run):
+    """Yields (file name, Figure) from the files that training and evaluation left in the run's folder; says what is missing."""
+    path = run.folder / "metrics.csv"
+    rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+    if rows:
+        yield "curves", curves_figure(rows, f"{run.what}: training")
+    else:
+        print(f"left out curves: {path} has no rows; train for longer")
+    path = run.folder / "evaluation.json"
+    results = json.loads(path.read_text()) if path.exists() else {"features": {}}
+    target = results["features"].get("target", {})
+    figures = [("comparison", comparison_figure, target), ("confusion", confusion_figure, "confusion" in target),
+               ("per_class", per_class_figure, "per_class" in target),
+               ("low_shot", low_shot_figure, results.get("low_shot", {}).get("per_class"))]  # empty where classes are too small
+    yield from ((name, figure(results)) for name, figure, there in figures if there)
+    missing = ", ".join(name for name, _, there in figures if not there)
+    if missing:
+        why = "does not hold them" if path.exists() else "is not there"
+        print(f"left out {missing}: {path} {why}; run python evaluate.py {run.folder}"
+              + (" --dataset NAME, with labelled data" if run.test.labels is None else ""))
+
+
+def write_retrieval(run, untrained, generator):
+    """Write retrieval.json for the first 200 images of the gallery as queries and the others as their gallery, and print it."""
+    first, middle, last = SHOWN, SHOWN + 200, SHOWN + run.gallery_size
+    labels = [None if run.test.labels is None else run.test.labels[part] for part in (run.order[first:middle], run.order[middle:last])]
+    numbers = retrieval(run.model, untrained, run.take(first, middle)[0], labels[0], run.model.masking(200, generator),
+                        run.take(middle, last)[0], labels[1])
+    (run.folder / "figures" / "retrieval.json").write_text(json.dumps(numbers, indent=2))
+    print(json.dumps(numbers))
 
 
 def images_to_show(run_config, data_dir):
@@ -355,66 +351,53 @@ def images_to_show(run_config, data_dir):
         return dataset
 
 
-def main(argv=None):
-    """Write the figures of one run; raises UsageError for what the user can put right."""
-    parser = config.Parser(prog="predict_and_visualize.py", description="Write every figure of a run into RUN/figures.")
-    parser.add_argument("run", type=Path, metavar="RUN", help="run folder that train.py wrote")
-    parser.add_argument("--data-dir", help="folder of the data, where it is not the one the run was trained from")
-    parser.add_argument("--images", type=int, default=2000, help="held-out images in the galleries and t-SNE (default 2000)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the images and masks shown (default 0)")
-    args = parser.parse_args(argv)
-    if args.images < 250:
-        raise config.UsageError(f"--images is {args.images}: it must be 250 or more")
+def load(args):
+    """The Run that the command line asks for; raises UsageError for volumes and where images are too few."""
     model, run_config, about = train.load_run(args.run)
     if about["axes"] != 2:
         raise config.UsageError(f"{args.run} was trained on volumes; the figures show flat images only")
     test = images_to_show(run_config, args.data_dir or run_config.data_dir)
-    size, generator = run_config.image_size, torch.Generator().manual_seed(args.seed)
-    folder, what = args.run / "figures", f"{run_config.dataset}, {args.run.name}"
+    if len(test) < 250 + SHOWN:
+        raise config.UsageError(f"{run_config.dataset} has {len(test)} test images; the figures need {250 + SHOWN} or more")
+    order = torch.randperm(len(test), generator=torch.Generator().manual_seed(args.seed))
+    gallery_size = min(args.images, len(test) - SHOWN)
+    return Run(args.run, model, run_config, about, test, order, gallery_size, args.tsne_images or len(test), args.seed)
+
+
+def arguments(argv):
+    """The command line as a namespace."""
+    parser = config.Parser(prog="predict_and_visualize.py", description="Write every figure of a run into RUN/figures.")
+    parser.add_argument("run", type=Path, metavar="RUN", help="run folder that train.py wrote")
+    parser.add_argument("--data-dir", help="folder of the data, where it is not the one the run was trained from")
+    parser.add_argument("--images", type=int, default=2000, help="held-out images in the galleries (default 2000)")
+    parser.add_argument("--tsne-images", type=int, default=TSNE_IMAGES, help=f"held-out images in t-SNE; 0 is all (default {TSNE_IMAGES})")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the images and masks shown (default 0)")
+    args = parser.parse_args(argv)
+    if args.images < 250:
+        raise config.UsageError(f"--images is {args.images}: it must be 250 or more")
+    if args.tsne_images and args.tsne_images < 100:
+        raise config.UsageError(f"--tsne-images is {args.tsne_images}: it must be 0 (all) or 100 or more")
+    return args
+
+
+def main(argv=None):
+    """Write the figures of one run; raises UsageError for what the user can put right."""
+    run = load(arguments(argv))
+    generator, folder = torch.Generator().manual_seed(run.seed), run.folder / "figures"
     folder.mkdir(exist_ok=True)
-    shown, rest = held_out(test, 6, args.seed)
-    rest = rest[: args.images]
-    if len(rest) < 250:
-        raise config.UsageError(f"{run_config.dataset} has {len(test)} test images; the figures need 256 or more")
-    pictures, images = rgb(test, shown, size), normalised(test, shown, size)
-    gallery_pictures, gallery_images = rgb(test, rest, size), normalised(test, rest, size)
-    masks = model.masking(len(shown), generator)
     with torch.random.fork_rng():
-        torch.manual_seed(args.seed)
-        untrained = models.build(run_config, about["channels"]).predictor.eval()
+        torch.manual_seed(run.seed)
+        untrained = models.build(run.config, run.about["channels"]).predictor.eval()
 
-    def save(name, figure):
-        figure.savefig(folder / f"{name}.png", dpi=130)
-        print(f"{folder / name}.png", flush=True)
+    def save(figures):
+        for name, figure in figures:
+            figure.savefig(folder / f"{name}.png", dpi=130)
+            print(f"{folder / name}.png", flush=True)
 
-    save("masks", mask_figure(pictures, masks, model.masking.grid, f"{what}: seen by the context encoder, and to be predicted"))
-    save("coverage", coverage_figure(model.masking, generator))
-    with open(args.run / "metrics.csv") as file:
-        save("curves", curves_figure(list(csv.DictReader(file)), f"{what}: training"))
-    save("predictor_neighbours", neighbours_figure(
-        model, untrained, images, pictures, masks, gallery_images, gallery_pictures,
-        f"{what}: hidden patches filled with the nearest of {len(rest):,} held-out images' patches"))
-    save("prediction_error", error_figure(model, images, pictures, generator, title=f"{what}: where prediction is hard (mean of 32 masks)"))
-    save("tokens", token_figure(model.target_encoder, images, pictures, f"{what}: first three principal components of the patch tokens"))
-    queries, _ = held_out(test, 206, args.seed)
-    labels = test.labels
-    numbers = retrieval(model, untrained, normalised(test, queries[6:], size), None if labels is None else labels[queries[6:]],
-                        model.masking(200, generator), gallery_images[200:], None if labels is None else labels[rest[200:]])
-    (folder / "retrieval.json").write_text(json.dumps(numbers, indent=2))
-    print(json.dumps(numbers))
-    random = evaluate.random_encoder(run_config, about, torch.device("cpu"), args.seed)
-    pooled = {name: evaluate.features(encoder, test.subset(rest), size, "cpu")
-              for name, encoder in (("target encoder", model.target_encoder), ("random encoder", random))}
-    shown_features = evaluate.features(model.target_encoder, test.subset(shown), size, "cpu")
-    save("nearest_images", nearest_images_figure(pooled["target encoder"], gallery_pictures, shown_features, pictures,
-                                                 title=f"{what}: nearest of {len(rest):,} held-out images by pooled target features"))
-    if labels is None:
-        print("the images have no labels: t-SNE and the comparison of accuracies are left out")
-        return
-    save("tsne", tsne_figure(pooled, labels[rest], test.class_names or [str(i) for i in range(int(labels.max()) + 1)],
-                             f"{what}: t-SNE of {len(rest):,} held-out images' pooled features"))
-    if (args.run / "evaluation.json").exists():
-        save("comparison", comparison_figure(json.loads((args.run / "evaluation.json").read_text())))
+    save(predictor_figures(run, untrained, generator))
+    write_retrieval(run, untrained, generator)
+    save(encoder_figures(run))
+    save(recorded_figures(run))
 
 
 if __name__ == "__main__":
