@@ -123,7 +123,8 @@ def measure(model, images, labelled=None, batch_size=128, views=4):
     }
     if labelled is not None:
         bank, bank_labels, queries, labels = labelled
-        found["knn"] = knn(pool(model.target_encoder, bank, batch_size), bank_labels, pool(model.target_encoder, queries, batch_size), labels)
+        bank, queries = (pool(model.target_encoder, part, batch_size) for part in (bank, queries))  # [m, D], [k, D]
+        found["knn"] = knn(bank, bank_labels, queries, labels)
     model.train(was_training)
     return found
 
@@ -139,14 +140,14 @@ def warnings(now, first, progress):
     """
     found = {}
     if now["target_std"] < 0.3:
-        found["collapse"] = (f"collapse: the target features of different images hardly differ (standard deviation {now['target_std']:.2f}; "
-                             "healthy is .5 and more)")
+        found["collapse"] = ("collapse: the target features of different images hardly differ (standard deviation "
+                             f"{now['target_std']:.2f}; healthy is .5 and more)")
     if now["rank"] < first["rank"] / 4:
         found["rank"] = f"collapse: the features have shrunk to {now['rank']:.1f} directions, from {first['rank']:.1f} before training"
     if progress > 0.1 and now["held_out_loss"] > now["mean_loss"]:
-        found["predictor"] = (f"the predictor is no better than the mean target (loss {now['held_out_loss']:.3f} on held-out images against "
-                              f"{now['mean_loss']:.3f})")
-    if progress > 0.5 and now.get("knn", 1) < first.get("knn", 0) - 0.05:  # 512 queries: two deviations of the difference
+        found["predictor"] = ("the predictor is no better than the mean target (loss on held-out images "
+                              f"{now['held_out_loss']:.3f} against {now['mean_loss']:.3f})")
+    if progress > 0.5 and now.get("knn", 1) < first.get("knn", 0) - 0.05:  # .05: two deviations of the difference with 512 queries
         found["knn"] = f"the features tell classes apart less well than before training (kNN {now['knn']:.1%} against {first['knn']:.1%})"
     return found
 

@@ -144,9 +144,13 @@ def evaluate(encoders, train_set, test_set, image_size, device="cpu", seed=0, fo
 # ---- what is printed ----
 
 
-def percent(value, width):
-    """A fraction as a percentage, right-aligned; blanks for None."""
-    return " " * width if value is None else f"{100 * value:{width}.1f}"
+def measures_text(results):
+    """The measures of collapse in a line, with a line for each warning."""
+    found = results["measures"]
+    return "\n".join([
+        f"target features of images not trained on: standard deviation {found['target_std']:.2f}, effective rank {found['rank']:.1f} of "
+        f"{results['width']}; the predictor's cosine {found['cosine']:.2f}, the mean target's {found['mean_cosine']:.2f}",
+        *(f"warning: {text}" for text in results["warnings"])])
 
 
 def table(results):
@@ -154,16 +158,16 @@ def table(results):
     scores, sizes = results["features"], results["split_sizes"]
     lines = [f"{results['dataset']}: {sizes['train']:,} training and {sizes['test']:,} test images, "
              f"{100 * results['chance']:.1f}% by chance; percent, and points over the baselines", "",
-             f"{'':16}{'linear':>8}{'- random':>10}{'- pixels':>10}{'kNN':>8}{'- random':>10}{'- pixels':>10}{'macro F1':>10}{'P@5':>7}"
-             f"{'best head':>11}"]
+             f"{'':16}{'linear':>8}{'- random':>10}{'- pixels':>10}{'kNN':>8}{'- random':>10}{'- pixels':>10}"
+             f"{'macro F1':>10}{'P@5':>7}{'best head':>11}"]
     for name, score in scores.items():
         line = f"{ROWS.get(name, name):16}"
         for measure in ("linear", "knn"):
-            line += percent(score[measure], 8)
+            line += f"{100 * score[measure]:8.1f}"
             for baseline in ("random", "pixels"):  # a baseline has no difference from itself, nor pixels from a random encoder
                 compared = baseline in scores and name not in ("random", "pixels") or (name, baseline) == ("random", "pixels")
                 line += f"{100 * (score[measure] - scores[baseline][measure]):+10.1f}" if compared else " " * 10
-        lines.append(line + percent(score["macro_f1"], 10) + percent(score["precision@5"], 7) + percent(score["best"], 7) + f" {score['head']}")
+        lines.append(f"{line}{100 * score['macro_f1']:10.1f}{100 * score['precision@5']:7.1f}{100 * score['best']:7.1f} {score['head']}")
     lines += ["", "linear: last layer with batch norm. best head: chosen on held-out training images among last layer and last four, each",
               "with and without batch norm. P@5: share of the five nearest training images that have the class of the test image."]
     for name, few in results["low_shot"]["scores"].items():
@@ -172,15 +176,12 @@ def table(results):
             lines += ([""] if name == "target" else []) + [f"{ROWS.get(name, name):16}with few labels a class   {'   '.join(shots)}"]
     for name, title in (("attentive", "attentive probe"), ("fine_tuned", "fine-tuned")):
         for row, found in results.get(name, {}).items():
-            lines.append(f"{ROWS[row]:16}{title:16}{percent(found['accuracy'], 7)}")
+            lines.append(f"{ROWS[row]:16}{title:16}{100 * found['accuracy']:7.1f}")
     for name in scores:
         if "folds" in scores[name]:
             folds = [100 * accuracy for accuracy in scores[name]["folds"]]
             lines.append(f"{ROWS.get(name, name):16}ten folds {statistics.mean(folds):.1f} ± {statistics.stdev(folds):.1f}")
-    measured = results["measures"]
-    lines += ["", f"target features of test images: standard deviation {measured['target_std']:.2f}, effective rank {measured['rank']:.1f} of "
-              f"{results['width']}; the predictor's cosine {measured['cosine']:.2f}, the mean target's {measured['mean_cosine']:.2f}"]
-    lines += [f"warning: {text}" for text in results["warnings"]]
+    lines += ["", measures_text(results)]
     edge = [ROWS.get(name, name) for name, score in scores.items() if score["heads"]["last+bn"]["at_edge"]]
     if edge:
         lines += ["", f"The probe chose its strongest regularisation for: {', '.join(edge)}. A stronger one might score higher."]
@@ -192,7 +193,8 @@ def table(results):
 
 def summary(runs):
     """Mean and standard deviation of several runs' results (a list of what evaluation.json holds), as text."""
-    lines = [f"{len(runs)} runs, mean ± standard deviation, percent", "", f"{'':16}{'linear':>14}{'kNN':>14}{'macro F1':>14}{'best head':>14}"]
+    heads = "".join(f"{title:>14}" for title in ("linear", "kNN", "macro F1", "best head"))
+    lines = [f"{len(runs)} runs, mean ± standard deviation, percent", "", " " * 16 + heads]
     for name in runs[0]["features"]:
         line = f"{ROWS.get(name, name):16}"
         for measure in ("linear", "knn", "macro_f1", "best"):
@@ -203,14 +205,6 @@ def summary(runs):
 
 
 # ---- command line ----
-
-
-def labelled(name, split, data_dir, image_size):
-    """The labelled split of a data set; raises UsageError where there are no labels."""
-    dataset = data.load(name, split, data_dir, image_size)
-    if dataset.labels is None:
-        raise config.UsageError(f"evaluation needs labels, and the {split} split of {name} has none; name labelled data with --dataset")
-    return dataset
 
 
 def random_encoder(run_config, about, device, seed):
@@ -226,18 +220,18 @@ def arguments(argv):
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders that train.py wrote")
     parser.add_argument("--train-images", type=int, default=10000, help="labelled training images; 0 is all (default 10000)")
     parser.add_argument("--test-images", type=int, default=0, help="test images; 0 is all (default 0)")
-    parser.add_argument("--attentive", type=int, default=0, metavar="EPOCHS", help="also train an attentive probe for this long (default 0)")
+    parser.add_argument("--attentive", type=int, default=0, metavar="EPOCHS", help="also train an attentive probe so long (default 0)")
     parser.add_argument("--finetune", type=int, default=0, metavar="EPOCHS", help="also fine-tune the whole encoder (default 0)")
-    parser.add_argument("--layer-decay", type=float, default=0.75, help="fine-tuning: a layer's learning rate over the next one's (default .75)")
+    parser.add_argument("--layer-decay", type=float, default=0.75, help="fine-tuning: a layer's rate over the next one's (default .75)")
     parser.add_argument("--smoothing", type=float, default=0.1, help="fine-tuning: label smoothing (default .1)")
-    parser.add_argument("--compare", type=Path, metavar="OTHER", help="only compare two runs' target encoders: CKA and shared neighbours")
+    parser.add_argument("--compare", type=Path, metavar="OTHER", help="only compare two runs' target encoders: CKA, shared neighbours")
     parser.add_argument("--seed", type=int, default=0, help="seed of the subsets, the held-out images and the random encoder (default 0)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto takes cuda, else mps, else cpu")
     parser.add_argument("--dataset", help="labelled data with a train and a test split, where it is not what the run was trained on")
     parser.add_argument("--data-dir", help="folder of the data, where it is not the one the run was trained from")
     args = parser.parse_args(argv)
     if min(args.train_images, args.test_images, args.attentive, args.finetune) < 0:
-        raise config.UsageError("--train-images and --test-images must be 0 (all) or more, --attentive and --finetune 0 (none) or more epochs")
+        raise config.UsageError("--train-images and --test-images must be 0 (all) or more, --attentive and --finetune 0 or more epochs")
     if not 0 < args.layer_decay <= 1 or not 0 <= args.smoothing < 1:
         raise config.UsageError("--layer-decay must be above 0 and at most 1, --smoothing from 0 to below 1")
     return args
@@ -273,12 +267,49 @@ def trained_heads(args, model, random, train_set, test_set, size, device, run_co
     return found
 
 
+def measure(model, dataset, seed, device):
+    """The measures of collapse on up to 512 images of an ImageDataset, and what they warn of: two keys of evaluation.json, as a dict."""
+    chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:512]
+    images = torch.cat(list(data.batches(dataset.subset(chosen), 128, model.context_encoder.image_size, device)))
+    found = diagnostics.measure(model, images)
+    return {"measures": found, "warnings": list(diagnostics.warnings(found, found, 1.0).values())}
+
+
+def measure_unlabelled(dataset, model, run_config, args):
+    """All that can be said of a run without labels, on the images that it held out: print it, and return it ready for evaluation.json."""
+    held = train.hold_out(run_config, len(dataset))[1]
+    if not len(held):
+        raise config.UsageError(f"{dataset.name} has no labels, and too few images to hold some out; name labelled data with --dataset")
+    results = {"dataset": dataset.name, "features": {}, "width": model.context_encoder.width,
+               **measure(model, dataset.subset(held), args.seed, next(model.parameters()).device)}
+    print(measures_text(results))
+    print(f"left out probes, kNN and fine-tuning: {dataset.name} has no labels; name labelled data with --dataset")
+    return results
+
+
 def evaluate_run(folder, args, argv=None):
     """Evaluate one run folder as the command line says: print the tables, write and return what evaluation.json holds."""
     start, device = time.perf_counter(), train.pick_device(args.device)
     model, run_config, about = train.load_run(folder, device)
-    size, data_dir, name = run_config.image_size, args.data_dir or run_config.data_dir, args.dataset or run_config.dataset
-    full, test_set = labelled(name, "train", data_dir, size), labelled(name, "test", data_dir, size)
+    name, where = args.dataset or run_config.dataset, (args.data_dir or run_config.data_dir, run_config.image_size)
+    full = data.load(name, "train", *where)
+    if full.labels is None and not args.dataset:
+        dataset = full if run_config.split == "train" else data.load(name, run_config.split, *where)
+        results = measure_unlabelled(dataset, model, run_config, args)
+    else:
+        results = measure_labelled(folder, model, run_config, about, full, data.load(name, "test", *where), args, device)
+    results |= provenance(run_config, about, device, argv)
+    results["seconds"] = {"total": time.perf_counter() - start, **results.pop("seconds", {})}
+    train.write(folder / "evaluation.json", lambda path: Path(path).write_text(json.dumps(results, indent=2)))
+    return results
+
+
+def measure_labelled(folder, model, run_config, about, full, test_set, args, device):
+    """Every probe of a run that the command line asks for, on a data set's train split (`full`) and test split: print the tables, and
+    return them ready for evaluation.json."""
+    size, name = run_config.image_size, args.dataset or run_config.dataset
+    if full.labels is None or test_set.labels is None:
+        raise config.UsageError(f"evaluation needs labels, and {name} has none; name labelled data with --dataset")
     if full.images.shape[1] != about["channels"]:
         raise config.UsageError(f"{name} has {full.images.shape[1]} channels, the run's encoder takes {about['channels']}")
     train_set, test_set = subsample(full, args.train_images, args.seed), subsample(test_set, args.test_images, args.seed)
@@ -287,9 +318,6 @@ def evaluate_run(folder, args, argv=None):
     random = random_encoder(run_config, about, device, args.seed)
     encoders = {"target": model.target_encoder, "context": model.context_encoder, "random": random}
     scores, few, seconds = evaluate(encoders, train_set, test_set, size, device, args.seed, folder, counts)
-    some = torch.randperm(len(test_set), generator=torch.Generator().manual_seed(args.seed))[:512]
-    images = torch.cat(list(data.batches(test_set.subset(some), 128, size, device)))
-    measures = diagnostics.measure(model, images)
     results = {
         "dataset": name, "split_sizes": {"train": len(train_set), "test": len(test_set)}, "width": model.context_encoder.width,
         # What answering the commonest class every time would score.
@@ -298,12 +326,9 @@ def evaluate_run(folder, args, argv=None):
         "low_shot": {"per_class": few["target"]["per_class"], "full": per_class,
                      "scores": {row: {"mean": part["mean"], "std": part["std"]} for row, part in few.items()}},
         **trained_heads(args, model, random, train_set, test_set, size, device, run_config),
-        "measures": measures, "warnings": list(diagnostics.warnings(measures, measures, 1.0).values()),
-        **provenance(run_config, about, device, argv),
-        "seconds": {"total": time.perf_counter() - start, **seconds},
+        **measure(model, test_set, args.seed, device), "seconds": seconds,
     }
     print(table(results))
-    train.write(folder / "evaluation.json", lambda path: Path(path).write_text(json.dumps(results, indent=2)))
     return results
 
 
@@ -319,7 +344,8 @@ def compare(args):
     chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed))[: args.test_images or 5000]
     images = images.subset(chosen)
     x = features(model.target_encoder, images, run_config.image_size, device)
-    print(f"{args.runs[0]} on {len(images):,} test images of {images.name}, beside", f"{'':24}{'CKA':>8}{'10 neighbours shared, %':>28}", sep="\n")
+    print(f"{args.runs[0]} on {len(images):,} test images of {images.name}, beside")
+    print(f"{'':24}{'CKA':>8}{'10 neighbours shared, %':>28}")
     for name, (encoder, size) in encoders.items():
         y = features(encoder, images, size, device)
         found[name] = {"cka": probes.linear_cka(x, y), "neighbour_overlap": probes.neighbour_overlap(x, y)}
@@ -333,7 +359,7 @@ def main(argv=None):
     if args.compare:
         return compare(args)
     runs = [evaluate_run(folder, args, argv) for folder in args.runs]
-    if len(runs) > 1:
+    if len(runs) > 1 and all(run["features"] for run in runs):
         print(f"\n{summary(runs)}")
 
 

@@ -342,13 +342,16 @@ def write_retrieval(run, untrained, generator):
 
 
 def images_to_show(run_config, data_dir):
-    """The run's test images; where its data has no test split, as a flat folder has none, its training images, and says so."""
+    """The run's test images; where its data has no test split, as a flat folder has none, those held out of training; says so."""
     try:
         return data.load(run_config.dataset, "test", data_dir, run_config.image_size)
     except config.UsageError:
         dataset = data.load(run_config.dataset, run_config.split, data_dir, run_config.image_size)
-        print(f"{run_config.dataset} has no test images: the figures show images that were trained on")
-        return dataset
+        held = train.hold_out(run_config, len(dataset))[1]
+        enough = len(held) >= 250 + SHOWN
+        kind = "held out of training" if enough else "trained on"
+        print(f"{run_config.dataset} has no test images: the figures show images that were {kind}")
+        return dataset.subset(held) if enough else dataset
 
 
 def load(args):

@@ -141,7 +141,7 @@ def probe_heads(train_x, train_y, test_x, test_y, seed=0):
 
 
 def scores(predictions, labels, K):
-    """`macro_f1` (float), `per_class` (accuracy of each class, K floats) and `confusion` ([K][K] counts, rows true) of predictions int64 [m]."""
+    """Of predictions int64 [m]: `macro_f1`, `per_class` (accuracy of each class, K floats) and `confusion` ([K][K] counts, rows true)."""
     confusion = torch.from_numpy(confusion_matrix(labels, predictions, labels=range(K)))
     return {"macro_f1": float(f1_score(labels, predictions, average="macro", labels=labels.unique().tolist())),
             "per_class": (confusion.diag() / confusion.sum(1).clamp(min=1)).tolist(), "confusion": confusion.tolist()}
@@ -183,7 +183,7 @@ def fold_accuracies(train_x, train_y, test_x, test_y, folds):
 
 
 def linear_cka(x, y):
-    """Linear centred kernel alignment of two encoders' features of the same images, [n, D1] and [n, D2]: from 0 to 1 (Kornblith et al. 2019)."""
+    """Linear CKA (Kornblith et al. 2019), 0 to 1, of two encoders' features of the same images, [n, D1] and [n, D2]."""
     x, y = (part.double() - part.double().mean(0) for part in (x, y))
     return ((x.T @ y).norm() ** 2 / ((x.T @ x).norm() * (y.T @ y).norm())).item()
 
@@ -306,11 +306,12 @@ def attentive_probe(train_tokens, train_y, test_tokens, test_y, epochs=20, seed=
         head, rate, held = choose_rate(train, lambda head, numbers: predict(
             head, (train_tokens[part.to(train_y.device)].float() for part in numbers.split(512))), train_y, seed, rates)
     predictions = predict(head, (part.float() for part in test_tokens.split(512)))  # [m]
-    return {"accuracy": (predictions == test_y.cpu()).float().mean().item(), "rate": rate, "held_out_accuracy": held, "predictions": predictions}
+    return {"accuracy": (predictions == test_y.cpu()).float().mean().item(), "rate": rate, "held_out_accuracy": held,
+            "predictions": predictions}
 
 
-def fine_tune(encoder, train_set, test_set, image_size, device, epochs=20, layer_decay=0.75, smoothing=0.1, crop_scale=(0.5, 1.0), flip=True,
-              seed=0, rates=(5e-4, 2e-3)):
+def fine_tune(encoder, train_set, test_set, image_size, device, epochs=20, layer_decay=0.75, smoothing=0.1, crop_scale=(0.5, 1.0),
+              flip=True, seed=0, rates=(5e-4, 2e-3)):
     """Train a copy of the encoder with a linear head on labelled ImageDatasets (paper A.2): `accuracy`, `rate`, `held_out_accuracy`.
 
     layer_decay: rate of a layer over that of the one above; smoothing: of the labels. The rate is chosen on a tenth of the

@@ -298,7 +298,8 @@ class Metrics:
     What a row lacks stays empty: the measures of the features are taken more rarely than the loss.
     """
 
-    COLUMNS = ("step", "epoch", "loss", "lr", "weight_decay", "momentum", "grad_norm", *diagnostics.MEASURES, "images_per_second", "seconds")
+    COLUMNS = ("step", "epoch", "loss", "lr", "weight_decay", "momentum", "grad_norm", *diagnostics.MEASURES,
+               "images_per_second", "seconds")
 
     def __init__(self, path, after):
         old = list(csv.DictReader(open(path))) if path.exists() else []

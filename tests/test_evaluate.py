@@ -135,6 +135,16 @@ def test_attentive_probe_and_fine_tuning_are_asked_for_by_flag(run, capsys):
     assert "attentive probe" in printed and "fine-tuned" in printed
 
 
+def test_a_run_without_labels_gets_the_measures_that_need_none_and_a_line_on_what_is_left_out(run, monkeypatch, capsys):
+    unlabelled = images(400)
+    unlabelled.labels = None
+    monkeypatch.setattr(evaluate.data, "load", lambda *_: unlabelled)
+    evaluate.main([str(run), "--device", "cpu"])
+    written, printed = json.loads((run / "evaluation.json").read_text()), capsys.readouterr().out
+    assert written["features"] == {} and written["measures"]["rank"] > 1
+    assert "effective rank" in printed and printed.count("left out") == 1
+
+
 def test_comparing_a_run_with_itself_gives_one(run, capsys):
     evaluate.main([str(run), "--compare", str(run), "--device", "cpu"])
     written = json.loads((run / "compare.json").read_text())
@@ -147,8 +157,10 @@ def test_user_errors_are_one_line(run, monkeypatch, tmp_path_factory):
     unlabelled = images()
     unlabelled.labels = None
     monkeypatch.setattr(evaluate.data, "load", lambda *_: unlabelled)
-    with pytest.raises(UsageError, match="needs labels"):
+    with pytest.raises(UsageError, match="too few images"):
         evaluate.main([str(run)])
+    with pytest.raises(UsageError, match="needs labels"):
+        evaluate.main([str(run), "--dataset", "elsewhere"])
     with pytest.raises(UsageError, match="--layer-decay"):
         evaluate.main([str(run), "--layer-decay", "2"])
     with pytest.raises(UsageError, match="0 .all. or more"):
