@@ -2,6 +2,7 @@
 # make test   the whole test suite
 # make lint   style checks
 # make results  the three runs behind the README's table (15 minutes)
+# make collapse  what each safeguard against collapse is worth (minutes)
 # make probe-speed  time of the linear probe on 50,000 features
 # All make their own environment in .venv; all that a machine needs is make and Python 3.10 or newer.
 
@@ -10,7 +11,7 @@ RUN := .venv/bin/python
 # Threads that wait asleep, not spinning: as fast on an idle machine, many times faster on one that does something else too.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test results probe-speed lint clean
+.PHONY: demo test results probe-speed collapse lint clean
 
 .venv/ready: requirements.txt constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -36,7 +37,10 @@ results: .venv/ready
 	done
 
 probe-speed: .venv/ready
-	$(RUN) tests/measure_probe.py | tee results/probe_speed.json
+	$(RUN) tests/measure_probe.py > probe.tmp && mv probe.tmp results/probe_speed.json
+
+collapse: .venv/ready
+	$(RUN) tests/measure_collapse.py > collapse.tmp && mv collapse.tmp results/collapse.json
 
 lint: .venv/ready
 	$(RUN) -m pip install --quiet ruff==0.17.5

@@ -59,5 +59,9 @@ def test_every_file_and_preset_the_readme_names_exists():
     links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
     assert links and all((ROOT / link).exists() for link in links)
     assert set(re.findall(r"--preset ([a-z0-9-]+)", README)) <= set(config.PRESETS)
-    flags = {"--" + name.replace("_", "-") for name in vars(config.Config())} | {"--resume", "--help"}
+    settings = vars(config.Config())
+    flags = {"--" + name.replace("_", "-") for name in settings} | {"--resume", "--help"}
+    flags |= {"--no-" + name.replace("_", "-") for name, value in settings.items() if isinstance(value, bool)}
+    for script in ("evaluate.py", "predict_and_visualize.py"):
+        flags |= set(re.findall(r'add_argument\("(--[a-z-]+)"', (ROOT / script).read_text(encoding="utf-8")))
     assert set(re.findall(r"(?<![-\w])--[a-z][a-z-]+", README)) <= flags
