@@ -49,7 +49,15 @@ class Config:
     predictor: str = setting("32x2x1", "width x depth x heads (paper 384x6x12 for base, 384x12 for large and huge)")
     patch_size: int = setting(4, "side of a square patch, pixels (paper 14 or 16)")
     loss: str = setting("smooth_l1", "smooth_l1 (official code) or l2 (paper), both averaged over patches and width", ("smooth_l1", "l2"))
-    stop_gradient: bool = setting(True, "no: gradients also reach the targets, taken from the context encoder itself, to see it collapse")
+    # What is trained, and I-JEPA with a part taken away
+    method: str = setting("ijepa", "what is trained: ijepa, mae, supervised, or an ablation, which stands for some of the flags below")
+    targets: str = setting("features", "what is predicted: features of the target encoder (paper), or each patch's normalised pixels",
+                           ("features", "pixels"))
+    masks: str = setting("blocks", "blocks (paper), random: mask_ratio of all patches, raster: three quarters of the image from one",
+                         ("blocks", "random", "raster"))
+    mask_ratio: float = setting(0.75, "fraction of the patches that random masks, and the masked autoencoder, hide (MAE .75)")
+    masked_input: bool = setting(False, "the target encoder sees one target block at a time, not the whole image (paper table 11)")
+    stop_gradient: bool = setting(True, "no: the context encoder makes its own targets and gradients reach them; to see it collapse")
     target_norm: bool = setting(True, "no: targets are not layer-normed, to see what that norm is for")
     # Optimisation; every schedule is counted in optimizer steps
     epochs: int = setting(10, "passes over the training images (paper 300 to 600)")
@@ -115,6 +123,22 @@ PRESETS = {
 }
 
 
+# What --method stands for: settings it changes after the preset, before the other flags.
+METHODS = {
+    "ijepa": {},
+    "mae": {},
+    "supervised": {},
+    "ijepa-pixels": {"targets": "pixels"},
+    "ijepa-random-masks": {"masks": "random", "mask_ratio": 0.6},
+    "ijepa-raster-masks": {"masks": "raster"},
+    "ijepa-one-block": {"num_targets": 1},
+    "ijepa-no-stop-gradient": {"stop_gradient": False},
+    "ijepa-momentum-0": {"momentum": 0.0, "momentum_final": 0.0},
+    "ijepa-momentum-1": {"momentum": 1.0, "momentum_final": 1.0},
+    "ijepa-masked-input": {"masked_input": True},
+}
+
+
 def from_preset(name="shapes", **changes):
     """The Config of a preset with some fields changed, checked. Raises UsageError for an unknown name or an impossible value."""
     if name not in PRESETS:
@@ -122,7 +146,10 @@ def from_preset(name="shapes", **changes):
     unknown = set(changes) - {f.name for f in dataclasses.fields(Config)}
     if unknown:
         raise UsageError(f"no setting is called {', '.join(sorted(unknown))}; `python train.py --help` lists them")
-    config = Config(**{"preset": name, **PRESETS[name], **changes})
+    method = changes.get("method", "ijepa")
+    if method not in METHODS:
+        raise UsageError(f"--method is {method}: choose one of {', '.join(METHODS)}")
+    config = Config(**{"preset": name, **PRESETS[name], **METHODS[method], **changes})
     check(config)
     return config
 
@@ -153,6 +180,7 @@ def check(config):
     need(all(0 <= beta < 1 for beta in config.betas), "betas", "two decay rates from 0 to below 1")
     need(config.lr > 0, "lr", "it must be above 0")
     need(0 <= config.warmup <= 1, "warmup", "a fraction of the run, from 0 to 1")
+    need(0 < config.mask_ratio < 1, "mask_ratio", "a fraction of the patches, above 0 and below 1")
     for name in ("momentum", "momentum_final"):
         need(0 <= getattr(config, name) <= 1, name, "a number from 0 to 1")
     need(config.image_size % config.patch_size == 0, "patch_size",
@@ -204,7 +232,8 @@ def from_dict(values):
 
 def command(config):
     """The command that trains with this Config: `python train.py` and a flag for each field that its preset leaves otherwise."""
-    preset, words = Config(preset=config.preset, **PRESETS[config.preset]), ["python train.py --preset", config.preset]
+    preset = Config(**{"preset": config.preset, **PRESETS[config.preset], **METHODS[config.method]})
+    words = ["python train.py --preset", config.preset]
     for name, value in vars(config).items():
         flag = name.replace("_", "-")
         if value == getattr(preset, name):

@@ -10,7 +10,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from models import prediction_loss, take
+from models import prediction_loss
 
 # --- measures of features: each takes a tensor and gives a float ---------------------------------------------------------
 
@@ -85,42 +85,57 @@ def knn(train_x, train_y, test_x, test_y, k=20, temperature=0.07):
 
 
 @torch.no_grad()
+def predictions(model, images, batch_size):
+    """What the predictor answers and should have answered, [patches, D] each, and at which places, int64 [patches]: one mask an image."""
+    generator, found = torch.Generator(images.device).manual_seed(0), []
+    for part in images.split(batch_size):
+        masks = model.masking(len(part), generator)
+        context = model.context_encoder(part, masks.context, masks.context_valid)  # [B, Nc, D]
+        asked = masks.valid()[1]  # [B, M, Nt]
+        found.append((model.predictor(context, masks)[asked].float(), model.targets(part, masks)[asked].float(), masks.targets[asked]))
+    return [torch.cat(parts) for parts in zip(*found)]
+
+
+@torch.no_grad()
+def context_views(model, images, batch_size, views):
+    """The context encoder's pooled features under `views` masks of each image, [n, views, D]."""
+    generator, found = torch.Generator(images.device).manual_seed(1), []
+    for part in images.repeat_interleave(views, 0).split(batch_size):
+        masks = model.masking(len(part), generator)
+        context = model.context_encoder(part, masks.context, masks.context_valid).float()  # [B, Nc, D]
+        real = masks.valid()[0][..., None]  # [B, Nc, 1]
+        found.append((context * real).sum(1) / real.sum(1))  # [B, D]
+    return torch.cat(found).unflatten(0, (-1, views))
+
+
+@torch.no_grad()
 def measure(model, images, labelled=None, batch_size=128, views=4):
-    """What an IJEPA makes of normalised images [n, C, H, W] that it was not trained on (n at least 2): a dict of floats.
+    """What a model makes of normalised images [n, C, H, W] that it was not trained on (n at least 2): a dict of floats.
 
     held_out_loss and cosine (prediction and target), each beside the same for the *mean target of that place* (mean_loss,
     mean_cosine): what can be had without looking at the image. target_std, rank, pairwise_cosine: of the target encoder. lidar: of
     the context encoder, its `views` of an image differing in their masks. knn, a fraction: of the target encoder, where `labelled` is
-    (bank [m, C, H, W], its labels [m], queries [k, C, H, W], their labels [k]). The masks are the same at every call, so that calls
-    can be compared; the model's mode is left as found.
+    (bank [m, C, H, W], its labels [m], queries [k, C, H, W], their labels [k]). A model without predictor gets what needs none. The
+    masks are the same at every call, so that calls can be compared; the model's mode is left as found.
     """
-    generator = torch.Generator(images.device).manual_seed(0)
-    was_training = model.training
+    was_training, found = model.training, {}
     model.eval()
-    tokens, contexts, predictions, targets, places = [], [], [], [], []
-    for part in images.split(batch_size):
-        tokens.append(model.target_tokens(part).float())  # [B, N, D]
-        for view in range(views):
-            masks = model.masking(len(part), generator)
-            context = model.context_encoder(part, masks.context, masks.context_valid)  # [B, Nc, D]
-            real, asked = masks.valid()  # [B, Nc], [B, M, Nt]
-            contexts.append((context * real[..., None]).sum(1).float() / real.sum(1, keepdim=True))  # [B, D]
-            if view == 0:  # one set of masks is enough to judge the predictor
-                predictions.append(model.predictor(context, masks)[asked].float())  # [patches, D]
-                targets.append(take(tokens[-1], masks.targets)[asked])  # [patches, D]
-                places.append(masks.targets[asked])  # [patches]
-    contexts = torch.cat([torch.stack(contexts[i : i + views], 1) for i in range(0, len(contexts), views)])  # [n, q, D]
-    tokens, predictions, targets, places = (torch.cat(parts) for parts in (tokens, predictions, targets, places))
-    guess = tokens.mean(0)[places]  # [patches, D]
-    pooled = pool(model.target_encoder, images, batch_size)  # [n, D]
-    found = {
-        "held_out_loss": prediction_loss(predictions, targets, kind=model.loss).item(),
-        "mean_loss": prediction_loss(guess, targets, kind=model.loss).item(),
-        "cosine": F.cosine_similarity(predictions, targets, dim=-1).mean().item(),
-        "mean_cosine": F.cosine_similarity(guess, targets, dim=-1).mean().item(),
-        "target_std": deviation(F.layer_norm(tokens, tokens.shape[-1:])),
-        "rank": rankme(pooled), "pairwise_cosine": pairwise_cosine(pooled), "lidar": lidar(contexts),
-    }
+    if hasattr(model, "predictor"):
+        answers, targets, places = predictions(model, images, batch_size)  # [patches, D] twice, [patches]
+        N, count = model.masking.N, torch.bincount(places, minlength=model.masking.N)  # [N]
+        mean = targets.new_zeros(N, targets.shape[1]).index_add(0, places, targets) / count[:, None].clamp(min=1)  # [N, D]
+        found = {
+            "held_out_loss": prediction_loss(answers, targets, kind=model.loss).item(),
+            "mean_loss": prediction_loss(mean[places], targets, kind=model.loss).item(),
+            "cosine": F.cosine_similarity(answers, targets, dim=-1).mean().item(),
+            "mean_cosine": F.cosine_similarity(mean[places], targets, dim=-1).mean().item(),
+        }
+    tokens = torch.cat([model.target_encoder(part).float() for part in images.split(batch_size)])  # [n, N, D]
+    pooled = tokens.mean(1)  # [n, D]
+    found |= {"target_std": deviation(F.layer_norm(tokens, tokens.shape[-1:])), "rank": rankme(pooled),
+              "pairwise_cosine": pairwise_cosine(pooled)}
+    if hasattr(model, "predictor"):
+        found["lidar"] = lidar(context_views(model, images, batch_size, views))
     if labelled is not None:
         bank, bank_labels, queries, labels = labelled
         bank, queries = (pool(model.target_encoder, part, batch_size) for part in (bank, queries))  # [m, D], [k, D]
@@ -144,7 +159,7 @@ def warnings(now, first, progress):
                              f"{now['target_std']:.2f}; healthy is .5 and more)")
     if now["rank"] < first["rank"] / 4:
         found["rank"] = f"collapse: the features have shrunk to {now['rank']:.1f} directions, from {first['rank']:.1f} before training"
-    if progress > 0.1 and now["held_out_loss"] > now["mean_loss"]:
+    if progress > 0.1 and now.get("held_out_loss", 0) > now.get("mean_loss", 0):
         found["predictor"] = ("the predictor is no better than the mean target (loss on held-out images "
                               f"{now['held_out_loss']:.3f} against {now['mean_loss']:.3f})")
     if progress > 0.5 and now.get("knn", 1) < first.get("knn", 0) - 0.05:  # .05: two deviations of the difference with 512 queries

@@ -26,7 +26,7 @@ from tqdm import tqdm
 import config
 import data
 import diagnostics
-import models
+import methods
 import probes
 import train
 
@@ -147,10 +147,11 @@ def evaluate(encoders, train_set, test_set, image_size, device="cpu", seed=0, fo
 def measures_text(results):
     """The measures of collapse in a line, with a line for each warning."""
     found = results["measures"]
-    return "\n".join([
-        f"target features of images not trained on: standard deviation {found['target_std']:.2f}, effective rank {found['rank']:.1f} of "
-        f"{results['width']}; the predictor's cosine {found['cosine']:.2f}, the mean target's {found['mean_cosine']:.2f}",
-        *(f"warning: {text}" for text in results["warnings"])])
+    text = (f"target features of images not trained on: standard deviation {found['target_std']:.2f}, "
+            f"effective rank {found['rank']:.1f} of {results['width']}")
+    if "cosine" in found:
+        text += f"; the predictor's cosine {found['cosine']:.2f}, the mean target's {found['mean_cosine']:.2f}"
+    return "\n".join([text, *(f"warning: {warning}" for warning in results["warnings"])])
 
 
 def table(results):
@@ -211,7 +212,7 @@ def random_encoder(run_config, about, device, seed):
     """An encoder of the run's architecture as it was before any training, drawn from `seed`; `about` is what load_run gives."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return models.build(run_config, about["channels"], about["axes"]).target_encoder.to(device)
+        return methods.build(run_config, about["channels"], about["axes"], about["classes"]).target_encoder.to(device)
 
 
 def arguments(argv):

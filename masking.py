@@ -175,3 +175,43 @@ class MultiBlockMasking:
         indices.scatter_(1, place, torch.arange(self.N, device=context.device).expand_as(place))
         valid = torch.arange(Nc, device=context.device) < count[:, None]
         return indices[:, :Nc].where(valid, 0), valid  # [B, Nc]
+
+
+class RandomMasking:
+    """Hides a fraction of the patches at random, as one target (MAE, section 3; the paper's table 6 calls it "random").
+
+    grid: patches along each axis; hidden: the fraction hidden, the rest is the context. Raises UsageError where either would be empty.
+    """
+
+    def __init__(self, grid, hidden=0.75):
+        self.grid, self.N = tuple(grid), math.prod(grid)
+        self.count = round(self.N * hidden)
+        if not 0 < self.count < self.N:
+            raise UsageError(f"hiding {hidden} of {self.N} patches leaves {self.N - self.count} to see and {self.count} to predict")
+
+    def __call__(self, B, generator=None):
+        """Draw masks for B images on the generator's device -> Masks with one target "block" (M = 1), nothing padded."""
+        order = torch.rand(B, self.N, generator=generator, device="cpu" if generator is None else generator.device).argsort(1)  # [B, N]
+        hidden, seen = order[:, : self.count].sort(1).values, order[:, self.count :].sort(1).values  # [B, Nt], [B, Nc]
+        return Masks(seen, None, hidden[:, None], None)
+
+
+class RasterMasking:
+    """Cuts the grid into quarters: one, drawn at random, is the context, the others are three targets (the paper's table 6, "rasterized").
+
+    grid: two even numbers of patches. Raises UsageError for any other.
+    """
+
+    def __init__(self, grid):
+        if len(grid) != 2 or any(side % 2 for side in grid):
+            raise UsageError(f"raster masks need a grid of two even sides, got {'x'.join(map(str, grid))}")
+        self.grid, self.N = tuple(grid), math.prod(grid)
+
+    def __call__(self, B, generator=None):
+        """Draw masks for B images on the generator's device -> Masks with M = 3, nothing padded."""
+        device = "cpu" if generator is None else generator.device
+        H, W = self.grid
+        quarters = torch.arange(self.N, device=device).view(2, H // 2, 2, W // 2).transpose(1, 2).reshape(4, -1)  # [4, N/4]
+        order = torch.rand(B, 4, generator=generator, device=device).argsort(1)  # [B, 4]
+        parts = quarters[order]  # [B, 4, N/4]
+        return Masks(parts[:, 0], None, parts[:, 1:], None)

@@ -264,17 +264,16 @@ class IJEPA(nn.Module):
 
     encoder: an Encoder, a size name, or any module with `.width`, `.grid` and the call signature of `Encoder.forward`;
     predictor: 'width x depth x heads'; masking: a MultiBlockMasking, by default the paper's on the encoder's grid;
-    loss: 'smooth_l1' or 'l2'; stop_gradient, target_norm: turned off only to see the features collapse. `shape` (image_size,
-    patch_size, channels, axes) goes to Encoder where `encoder` is a name.
+    loss: 'smooth_l1' or 'l2'. `shape` (image_size, patch_size, channels, axes) goes to Encoder where `encoder` is a name.
     """
 
-    def __init__(self, encoder="base", predictor="384x6x12", masking=None, loss="smooth_l1", stop_gradient=True, target_norm=True, **shape):
+    def __init__(self, encoder="base", predictor="384x6x12", masking=None, loss="smooth_l1", **shape):
         super().__init__()
         self.context_encoder = Encoder(encoder, **shape) if isinstance(encoder, str) else encoder
         self.target_encoder = copy.deepcopy(self.context_encoder).requires_grad_(False)
         self.predictor = Predictor(predictor, self.context_encoder.width, self.context_encoder.grid)
         self.masking = masking or MultiBlockMasking(self.context_encoder.grid)
-        self.loss, self.stop_gradient, self.target_norm = loss, stop_gradient, target_norm
+        self.loss = loss
 
     def forward(self, images, masks=None, generator=None):
         """images float [B, C, H, W]. In train mode, or given Masks -> Output(loss, predictions, targets); masks not given are
@@ -289,12 +288,11 @@ class IJEPA(nn.Module):
         predictions = self.predictor(context, masks)  # [B, M, Nt, D]
         return Output(prediction_loss(predictions, targets, masks.targets_valid, self.loss), predictions, targets)
 
+    @torch.no_grad()
     def target_tokens(self, images):
-        """The target encoder's view of the whole image [B, N, D], layer-normed without affine parameters; no gradient reaches it."""
-        encoder = self.target_encoder if self.stop_gradient else self.context_encoder
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.stop_gradient):
-            tokens = encoder(images)  # [B, N, D]
-            return F.layer_norm(tokens, tokens.shape[-1:]) if self.target_norm else tokens
+        """What the target encoder makes of the whole image [B, N, D], layer-normed without affine parameters; no gradient reaches it."""
+        tokens = self.target_encoder(images)  # [B, N, D]
+        return F.layer_norm(tokens, tokens.shape[-1:])
 
     def targets(self, images, masks):
         """What is to be predicted [B, M, Nt, D]: the whole image is encoded, and only then are the blocks cut out (paper table 11:
@@ -306,12 +304,3 @@ class IJEPA(nn.Module):
         """target <- momentum * target + (1 - momentum) * context, for every parameter (paper section 3); call after the optimizer."""
         target, context = list(self.target_encoder.parameters()), list(self.context_encoder.parameters())
         torch._foreach_lerp_(target, [p.to(t.dtype) for p, t in zip(context, target)], 1.0 - momentum)
-
-
-def build(config, channels=3, axes=2):
-    """The IJEPA that a Config describes. Raises UsageError where patch, grid, masks or sizes do not go together."""
-    encoder = Encoder(config.encoder, config.image_size, config.patch_size, channels, axes)
-    masking = MultiBlockMasking(
-        encoder.grid, config.num_targets, config.target_scale, config.target_aspect, config.context_scale, config.context_size,
-        config.mask_mode, config.min_keep, config.allow_overlap)
-    return IJEPA(encoder, config.predictor, masking, config.loss, config.stop_gradient, config.target_norm)

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 import config
 import data
 import evaluate
+import methods
 import models
 import train
 from figures import (COLOURS, add_bar, comparison_figure, confusion_figure, coverage_figure, curves_figure, frame, low_shot_figure,
@@ -390,7 +391,7 @@ def main(argv=None):
     folder.mkdir(exist_ok=True)
     with torch.random.fork_rng():
         torch.manual_seed(run.seed)
-        untrained = models.build(run.config, run.about["channels"]).predictor.eval()
+        untrained = methods.build(run.config, run.about["channels"]).predictor.eval()
 
     def save(figures):
         for name, figure in figures:

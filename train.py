@@ -24,7 +24,7 @@ from tqdm import tqdm
 import config as settings
 import data
 import diagnostics
-import models
+import methods
 from config import UsageError
 
 # Fields that may differ between a run and its continuation: they cannot change its result, or what they name is compared itself.
@@ -84,7 +84,7 @@ def autocast(config, device):
 
 
 def train_step(config, model, optimizer, batches, step, total, generator):
-    """One optimizer step over `batches`, a list of normalised image batches float [B, C, H, W] (one for each accumulation).
+    """One optimizer step over `batches`, one for each accumulation: each a tuple (images,) float [B, C, H, W], or (images, labels).
 
     Returns a dict: lr, weight_decay, momentum (floats); loss, grad_norm (tensors [], so that nothing here waits for the device).
     """
@@ -94,9 +94,9 @@ def train_step(config, model, optimizer, batches, step, total, generator):
         group["weight_decay"] = values["weight_decay"] if group["decayed"] else 0.0
     optimizer.zero_grad()
     loss = 0.0
-    for images in batches:
-        with autocast(config, images.device):
-            output = model(images, generator=generator)  # targets under no_grad, context, predictions, loss
+    for batch in batches:
+        with autocast(config, batch[0].device):
+            output = model(*batch, generator=generator)  # targets under no_grad, context, predictions, loss
         (output.loss / len(batches)).backward()
         loss = loss + output.loss.detach() / len(batches)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
@@ -119,8 +119,11 @@ def hold_out(config, n):
 
 
 def image_stream(config, dataset, device, generator, start):
-    """Endless normalised batches float [B, C, H, W], from forward pass number `start` on: a new shuffle every epoch, whole
-    batches only, none held out. The order of an epoch depends on the seed and the epoch alone, so a run can be taken up in its middle."""
+    """Endless batches (normalised images float [B, C, H, W],), for supervision (images, labels), from forward pass number `start` on.
+
+    A new shuffle every epoch, whole batches only, none of the images held out. The order of an epoch depends on the seed and the epoch
+    alone, so a run can be taken up in its middle.
+    """
     kept, _ = hold_out(config, len(dataset))
     per_epoch = len(kept) // config.batch_size
     for epoch in itertools.count(start // per_epoch):
@@ -128,8 +131,10 @@ def image_stream(config, dataset, device, generator, start):
         order = kept[torch.randperm(len(kept), generator=shuffle)][: per_epoch * config.batch_size]
         if epoch == start // per_epoch:
             order = order[start % per_epoch * config.batch_size:]
-        yield from data.batches(dataset, config.batch_size, config.image_size, device, order, generator, config.crop_scale,
-                                config.flip, config.workers)
+        batches = data.batches(dataset, config.batch_size, config.image_size, device, order, generator, config.crop_scale,
+                               config.flip, config.workers)
+        for images, numbers in zip(batches, order.split(config.batch_size)):
+            yield (images, dataset.labels[numbers].to(device)) if config.method == "supervised" else (images,)
 
 
 def monitor(config, dataset, device):
@@ -202,11 +207,11 @@ def load_checkpoint(folder, device):
 
 
 def load_run(folder, device="cpu"):
-    """A finished or unfinished run, ready to use: IJEPA in eval mode, its Config, and a dict with "name", "channels" and "axes"
-    of its data and its "progress" (step, total, seconds)."""
+    """A finished or unfinished run, ready to use: the model in eval mode, its Config, and a dict with "name", "channels", "axes" and
+    "classes" of its data and its "progress" (step, total, seconds)."""
     checkpoint = load_checkpoint(folder, device)
     config, about = settings.from_dict(checkpoint["config"]), {**checkpoint["data"], "progress": checkpoint["progress"]}
-    model = models.build(config, about["channels"], about["axes"]).to(device)
+    model = methods.build(config, about["channels"], about["axes"], about["classes"]).to(device)
     model.load_state_dict(checkpoint["model"])
     return model.eval(), config, about
 
@@ -227,7 +232,9 @@ def pick_device(name):
 def describe(dataset):
     """What a checkpoint keeps of its data: enough to rebuild the model and to notice other data on resume."""
     _, channels, *sides = dataset.images.shape
-    return {"name": dataset.name, "images": len(dataset), "channels": channels, "axes": len(sides), "fingerprint": dataset.fingerprint()}
+    classes = 0 if dataset.labels is None else int(dataset.labels.max()) + 1
+    return {"name": dataset.name, "images": len(dataset), "channels": channels, "axes": len(sides), "classes": classes,
+            "fingerprint": dataset.fingerprint()}
 
 
 def time_step(config, model, dataset, device):
@@ -239,10 +246,10 @@ def time_step(config, model, dataset, device):
     stream = image_stream(config, dataset, device, generator, 0)
     for _ in range(2):  # the first one warms up
         start = time.perf_counter()
-        images = next(stream)
+        batch = next(stream)
         try:
             with autocast(config, device):
-                loss = model(images, generator=generator).loss
+                loss = model(*batch, generator=generator).loss
             loss.backward()
         except torch.OutOfMemoryError:
             raise UsageError(f"a batch of {config.batch_size} images does not fit in the memory of {device}; "
@@ -261,12 +268,15 @@ def duration(seconds):
 def announce(config, model, dataset, device, progress, seconds_per_step):
     """Print what is about to happen: device, images, parameters, steps, expected time."""
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
-    millions = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (model.context_encoder, model.predictor)]
+    parts = {f"encoder {config.encoder}": model.context_encoder}
+    if hasattr(model, "predictor"):
+        parts[f"{'decoder' if config.method == 'mae' else 'predictor'} {config.predictor}"] = model.predictor
+    sizes = ", ".join(f"{name} {sum(p.numel() for p in part.parameters()) / 1e6:.2f} M" for name, part in parts.items())
     kept, held = map(len, hold_out(config, len(dataset)))
-    images, grid = config.batch_size * config.accumulation, "x".join(map(str, model.masking.grid))
+    images, grid = config.batch_size * config.accumulation, "x".join(map(str, model.context_encoder.grid))
     print(
         f"{dataset.name}: {kept:,} images and {held:,} held out, crops of {config.image_size} pixels in {grid} patches · "
-        f"encoder {config.encoder} {millions[0]:.2f} M, predictor {config.predictor} {millions[1]:.2f} M parameters · "
+        f"{config.method}: {sizes} parameters · "
         f"{progress.total - progress.step:,} steps of {images} images "
         f"({(progress.total - progress.step) * images / kept:.1f} epochs) on {where} · "
         f"about {duration((progress.total - progress.step) * seconds_per_step)} · {config.out}", flush=True)
@@ -348,15 +358,17 @@ def set_up(config, resume):
         raise UsageError(f"{folder} already holds a run; add --resume to go on with it, or choose another --out")
     if config.dataset in data.NAMES:  # three channels, two axes
         with torch.device("meta"):
-            models.build(config)  # refuses sizes and masks that cannot be, before the data is read
+            methods.build(config, classes=1)  # refuses sizes and masks that cannot be, before the data is read
     dataset = data.load(config.dataset, config.split, config.data_dir, config.image_size)
     kept, held = map(len, hold_out(config, len(dataset)))
     if kept < config.batch_size * config.accumulation:
         raise UsageError(f"{dataset.name} has {kept} images to train on ({held} are held out), fewer than one step's "
                          f"{config.batch_size} x {config.accumulation}; lower --batch-size or --accumulation")
     about = describe(dataset)
+    if config.method == "supervised" and not about["classes"]:
+        raise UsageError(f"--method supervised needs labels, and the {config.split} split of {dataset.name} has none")
     torch.manual_seed(config.seed)
-    model = models.build(config, about["channels"], about["axes"]).to(device).train()
+    model = methods.build(config, about["channels"], about["axes"], about["classes"]).to(device).train()
     optimizer = build_optimizer(config, model)
     generator = torch.Generator(device).manual_seed(config.seed)  # crops and masks
     progress = restore(folder, device, model, optimizer, generator, about) if resume else Progress()

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import diagnostics
-import models
+import methods
 import train
 from config import from_preset
 
@@ -24,7 +24,7 @@ def normal(*shape, seed=0):
 
 def test_deviation_is_zero_for_an_encoder_that_ignores_the_image():
     """Features that depend on the place alone have collapsed, however different the places are."""
-    model, images = models.build(from_preset("shapes")), normal(8, 3, 24, 24)
+    model, images = methods.build(from_preset("shapes")), normal(8, 3, 24, 24)
     assert diagnostics.deviation(model.target_tokens(images)) > 0.5
     nn.init.zeros_(model.target_encoder.patch_embed.project.weight)
     assert diagnostics.deviation(model.target_tokens(images)) < 1e-5
@@ -66,16 +66,16 @@ class MeanTarget(nn.Module):
 
 
 def test_a_predictor_of_the_mean_target_scores_exactly_the_baseline():
-    model, images = models.build(from_preset("shapes")), normal(40, 3, 24, 24)
-    with torch.no_grad():
-        model.predictor = MeanTarget(model.target_tokens(images).mean(0))
+    model, images = methods.build(from_preset("shapes")), normal(40, 3, 24, 24)
+    _, targets, places = diagnostics.predictions(model.eval(), images, 16)
+    model.train().predictor = MeanTarget(torch.stack([targets[places == place].mean(0) for place in range(36)]))
     found = diagnostics.measure(model, images, batch_size=16)
     assert found["held_out_loss"] == pytest.approx(found["mean_loss"]) and found["cosine"] == pytest.approx(found["mean_cosine"])
     assert model.training and "knn" not in found
 
 
 def test_measuring_twice_gives_the_same_and_leaves_no_trace():
-    model, images = models.build(from_preset("shapes")), normal(40, 3, 24, 24)
+    model, images = methods.build(from_preset("shapes")), normal(40, 3, 24, 24)
     labels, state = torch.arange(40) % 4, torch.get_rng_state()
     first = diagnostics.measure(model, images, (images, labels, images, labels))
     assert first == diagnostics.measure(model, images, (images, labels, images, labels)) and set(first) == set(diagnostics.MEASURES)
@@ -105,7 +105,7 @@ def test_without_stop_gradient_the_features_collapse_while_the_loss_falls_and_th
 
 
 def test_a_target_that_never_moves_is_learnt_but_a_dead_predictor_is_noticed():
-    model, images = models.build(from_preset("shapes")), normal(40, 3, 24, 24)
+    model, images = methods.build(from_preset("shapes")), normal(40, 3, 24, 24)
     watch = diagnostics.Monitor(images)
     _, early = watch(model, 0.0)
     _, late = watch(model, 0.5)

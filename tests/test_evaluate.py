@@ -8,6 +8,7 @@ from torch import nn
 
 import data
 import evaluate
+import methods
 import models
 from config import UsageError
 
@@ -104,7 +105,7 @@ def run(tmp_path, monkeypatch):
     import config
 
     settings = config.from_preset("shapes", image_size=8, encoder="16x2x2", predictor="16x1x2", num_targets=1, context_size=0, min_keep=1)
-    model, about = models.build(settings).eval(), {"channels": 3, "axes": 2, "progress": {"step": 1}}
+    model, about = methods.build(settings).eval(), {"channels": 3, "axes": 2, "progress": {"step": 1}}
     monkeypatch.setattr(evaluate.train, "load_run", lambda folder, device: (model, settings, about))
     monkeypatch.setattr(evaluate, "random_encoder", lambda *_: model.target_encoder)
     monkeypatch.setattr(evaluate.data, "load", lambda name, split, data_dir, image_size: images(200, seed=len(split)))

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 
 from config import UsageError, from_preset
 from masking import Masks, MultiBlockMasking
+from methods import build
 from models import (
-    IJEPA, Attention, Encoder, PatchEmbed, build, explicit_attention, patchify, prediction_loss, resize_positions,
+    IJEPA, Attention, Encoder, PatchEmbed, explicit_attention, patchify, prediction_loss, resize_positions,
     sincos_positions, take,
 )
 

@@ -16,7 +16,7 @@ import torch
 import config as settings
 import data
 import evaluate
-import models
+import methods
 import train
 from config import PRESETS, Config, UsageError, from_preset
 
@@ -96,10 +96,10 @@ def test_max_minutes_ends_in_time_with_the_schedules_run_out(tmp_path):
 
 def one_step(config, batches=1):
     torch.manual_seed(0)
-    model = models.build(config).train()
+    model = methods.build(config).train()
     optimizer = train.build_optimizer(config, model)
     before = {name: p.clone() for name, p in model.state_dict().items()}
-    images = [torch.randn(config.batch_size, 3, 24, 24, generator=torch.Generator().manual_seed(i)) for i in range(batches)]
+    images = [(torch.randn(config.batch_size, 3, 24, 24, generator=torch.Generator().manual_seed(i)),) for i in range(batches)]
     values = train.train_step(config, model, optimizer, images, 0, 10, torch.Generator().manual_seed(0))
     return model, before, values
 
@@ -129,7 +129,7 @@ def test_bf16_autocast_stays_close_to_fp32_and_keeps_the_weights_in_fp32():
 def test_biases_and_norms_are_not_decayed_unless_asked():
     for decay_all in (False, True):
         config = tiny("-", decay_all=decay_all)
-        groups = train.build_optimizer(config, models.build(config)).param_groups
+        groups = train.build_optimizer(config, methods.build(config)).param_groups
         spared = [p for group in groups if not group["decayed"] for p in group["params"]]
         assert all(p.ndim == 1 for p in spared) and bool(spared) is not decay_all
 
@@ -155,7 +155,7 @@ def test_every_epoch_shows_whole_batches_of_different_images_in_a_new_order():
     dataset = data.load("shapes")
     dataset.images[:] = torch.arange(64, dtype=torch.uint8)[:, None, None, None]
     stream = train.image_stream(tiny("-", crop_scale=(1.0, 1.0)), dataset, "cpu", None, 0)
-    seen = [torch.cat([next(stream)[:, 0, 0, 0] for _ in range(4)]) for _ in range(2)]
+    seen = [torch.cat([next(stream)[0][:, 0, 0, 0] for _ in range(4)]) for _ in range(2)]
     assert len(seen[0].unique()) == 64 and torch.equal(seen[0].sort().values, seen[1].sort().values)
     assert not torch.equal(seen[0], seen[1])
 
@@ -255,7 +255,7 @@ def test_the_run_folder_and_its_first_line(tmp_path, capsys):
 
 
 def test_every_setting_is_read_by_some_module():
-    sources = "".join((ROOT / name).read_text() for name in ("train.py", "models.py", "data.py", "evaluate.py"))
+    sources = "".join((ROOT / name).read_text() for name in ("train.py", "methods.py", "mae.py", "data.py", "evaluate.py"))
     unread = [name for name in settings.Config.__dataclass_fields__ if not re.search(rf"config\.{name}\b", sources)]
     assert unread == []
 
@@ -264,7 +264,7 @@ def test_every_setting_is_read_by_some_module():
 def test_every_preset_builds_its_model_and_masks(name):
     config = from_preset(name)
     with torch.device("meta"):
-        model = models.build(config)
+        model = methods.build(config)
     masks = model.masking(64, torch.Generator().manual_seed(0))
     assert len(masks.context) == 64 and masks.targets.shape[1] == config.num_targets
 

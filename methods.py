@@ -1,0 +1,105 @@
+"""Everything that the one training loop can train: I-JEPA, I-JEPA with a part taken away, the masked autoencoder, and supervision.
+
+`build` makes the model that `--method` names. Each has what the loop, the diagnostics and the probes use: `forward(images, generator=...)`
+with a loss, `update_target`, and the `target_encoder` whose features are kept.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import mae
+from masking import MultiBlockMasking, RandomMasking, RasterMasking
+from models import IJEPA, Encoder, Output, initialise, take
+
+
+class AblatedIJEPA(IJEPA):
+    """I-JEPA with a part taken away, to see what it is for; with these defaults nothing is.
+
+    stop_gradient=False: the context encoder makes its own targets, and gradients reach them. target_norm=False: targets as they come.
+    pixels=True: the targets are normalised pixels. masked_input=True: the target encoder sees one target block at a time and
+    nothing else (paper table 11).
+    """
+
+    def __init__(self, encoder, predictor, masking, loss, stop_gradient=True, target_norm=True, pixels=False, masked_input=False):
+        super().__init__(encoder, predictor, masking, loss)
+        self.stop_gradient, self.target_norm, self.pixels, self.masked_input = stop_gradient, target_norm, pixels, masked_input
+        if not stop_gradient:
+            self.target_encoder = self.context_encoder
+        if pixels:
+            mae.predict_pixels(self.predictor, encoder.patch_embed.project.in_features)
+
+    def normalise(self, tokens):
+        """Layer norm without affine parameters, or nothing: tokens [..., D] -> [..., D]."""
+        return F.layer_norm(tokens, tokens.shape[-1:]) if self.target_norm else tokens
+
+    def target_tokens(self, images):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.stop_gradient):
+            return self.normalise(self.target_encoder(images))  # [B, N, D]
+
+    def targets(self, images, masks):
+        if self.pixels:
+            return take(mae.pixel_targets(images, self.context_encoder.patch_size), masks.targets)  # [B, M, Nt, P]
+        if not self.masked_input:
+            return take(self.target_tokens(images), masks.targets)  # [B, M, Nt, D]
+        (B, M), valid = masks.targets.shape[:2], masks.targets_valid
+        valid = None if valid is None else valid.flatten(0, 1)  # [B*M, Nt]
+        with torch.no_grad():
+            tokens = self.target_encoder(images.repeat_interleave(M, 0), masks.targets.flatten(0, 1), valid)  # [B*M, Nt, D]
+            return self.normalise(tokens).unflatten(0, (B, M))  # [B, M, Nt, D]
+
+
+class Supervised(nn.Module):
+    """The same encoder trained on the labels, average-pooled with a linear head: what labels alone teach this architecture."""
+
+    def __init__(self, encoder, classes):
+        super().__init__()
+        self.context_encoder, self.head = encoder, nn.Linear(encoder.width, classes)
+        initialise(self.head)
+
+    @property
+    def target_encoder(self):
+        """The encoder whose features are kept."""
+        return self.context_encoder
+
+    def forward(self, images, labels=None, generator=None):
+        """images float [B, C, H, W] with labels int64 [B] -> Output(loss, logits [B, K], labels); without -> tokens [B, N, D].
+
+        There is no mask to draw from the loop's generator.
+        """
+        tokens = self.context_encoder(images)  # [B, N, D]
+        if labels is None:
+            return tokens
+        logits = self.head(tokens.mean(1))  # [B, K]
+        return Output(F.cross_entropy(logits, labels), logits, labels)
+
+    def update_target(self, momentum):
+        """Nothing: there is no target encoder that follows."""
+
+
+def masking(config, grid):
+    """The sampler of masks that a Config describes, on a grid."""
+    if config.masks == "random":
+        return RandomMasking(grid, config.mask_ratio)
+    if config.masks == "raster":
+        return RasterMasking(grid)
+    return MultiBlockMasking(grid, config.num_targets, config.target_scale, config.target_aspect, config.context_scale, config.context_size,
+                             config.mask_mode, config.min_keep, config.allow_overlap)
+
+
+def build(config, channels=3, axes=2, classes=0):
+    """The model that a Config describes; `classes` is read by supervision only. Raises UsageError where settings do not go together."""
+    if config.method == "mae":
+        return mae.build(config, channels, axes)
+    encoder = Encoder(config.encoder, config.image_size, config.patch_size, channels, axes)
+    if config.method == "supervised":
+        return Supervised(encoder, classes)
+    parts = encoder, config.predictor, masking(config, encoder.grid), config.loss
+    taken_away = {"stop_gradient": config.stop_gradient, "target_norm": config.target_norm, "pixels": config.targets == "pixels",
+                  "masked_input": config.masked_input}
+    if all(taken_away[name] == whole for name, whole in WHOLE.items()):
+        return IJEPA(*parts)
+    return AblatedIJEPA(*parts, **taken_away)
+
+
+WHOLE = {"stop_gradient": True, "target_norm": True, "pixels": False, "masked_input": False}

@@ -1,0 +1,144 @@
+"""Claims about what the loop trains beside I-JEPA: the masked autoencoder, supervision, and I-JEPA with a part taken away."""
+
+import csv
+
+import pytest
+import torch
+
+import data
+import evaluate
+import mae
+import methods
+import train
+from config import METHODS, UsageError, from_preset
+from masking import RandomMasking, RasterMasking
+from models import IJEPA, Encoder
+
+
+@pytest.fixture(autouse=True)
+def few_shapes(monkeypatch):
+    monkeypatch.setattr("shapes.COUNT", {"train": 400, "test": 200})
+    monkeypatch.setattr("shapes.make.__defaults__", (100,))
+
+
+def tiny(**changes):
+    return from_preset("shapes", **{"encoder": "16x2x1", "predictor": "8x1x1", "batch_size": 16, "epochs": 1, "device": "cpu", **changes})
+
+
+def images(B=4):
+    return torch.randn(B, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+
+
+def test_random_masks_hide_three_quarters_and_every_patch_is_either_seen_or_asked_about():
+    masks = RandomMasking((6, 6))(500, torch.Generator().manual_seed(0))
+    assert masks.context.shape == (500, 9) and masks.targets.shape == (500, 1, 27)
+    context, targets = masks.maps(36)
+    assert (context ^ targets[:, 0]).all()
+    assert (context.float().mean(0) - 0.25).abs().max() < 0.08  # no place is favoured: four deviations of the mean of 500
+    with pytest.raises(UsageError, match="leaves 0 to see"):
+        RandomMasking((2, 2), 0.95)
+
+
+def test_raster_masks_are_quarters():
+    masks = RasterMasking((4, 6))(300, torch.Generator().manual_seed(0))
+    context, targets = masks.maps(24)
+    assert (context.int() + targets.sum(1) == 1).all()
+    corner = torch.zeros(4, 6, dtype=torch.bool)
+    corner[:2, :3] = True
+    assert (context == corner.flatten()).all(1).float().mean() == pytest.approx(0.25, abs=0.08)
+    with pytest.raises(UsageError, match="even sides"):
+        RasterMasking((3, 6))
+
+
+def test_pixel_targets_are_each_patch_without_its_own_brightness_and_contrast():
+    x = images()
+    targets = mae.pixel_targets(x, 4)
+    assert targets.shape == (4, 36, 48)
+    torch.testing.assert_close(targets.mean(-1), torch.zeros(4, 36), atol=1e-5, rtol=0)
+    torch.testing.assert_close(targets.std(-1), torch.ones(4, 36), atol=1e-3, rtol=0)
+    torch.testing.assert_close(mae.pixel_targets(3 * x + 1, 4), targets, atol=1e-3, rtol=0)
+
+
+def test_the_mae_never_sees_what_it_must_predict():
+    """Changing the hidden pixels changes the targets, and not the predictions."""
+    model, x = methods.build(tiny(method="mae")), images()
+    masks = model.masking(4, torch.Generator().manual_seed(0))
+    hidden = masks.maps(36)[1][:, 0].view(4, 1, 6, 6).repeat_interleave(4, 2).repeat_interleave(4, 3)  # [B, 1, H, W]
+    first, second = model(x, masks), model(torch.where(hidden, torch.randn(4, 3, 24, 24), x), masks)
+    assert torch.equal(first.predictions, second.predictions) and not torch.equal(first.targets, second.targets)
+    assert first.predictions.shape == first.targets.shape == (4, 1, 27, 48)
+
+
+def test_a_reconstruction_keeps_what_was_seen_and_a_perfect_decoder_gives_the_image_back():
+    model, x = methods.build(tiny(method="mae")).eval(), images()
+    masks = model.masking(4, torch.Generator().manual_seed(0))
+    hidden = masks.maps(36)[1][:, 0].view(4, 1, 6, 6).repeat_interleave(4, 2).repeat_interleave(4, 3).expand_as(x)
+    masked, answered = mae.reconstruct(model, x, masks)
+    assert torch.equal(masked[~hidden], x[~hidden]) and torch.equal(answered[~hidden], x[~hidden])
+    assert (masked[hidden] == 0).all() and not torch.allclose(answered[hidden], x[hidden])
+    model.predictor.forward = lambda context, masks: model.targets(x, masks)  # knows the answer
+    torch.testing.assert_close(mae.reconstruct(model, x, masks)[1], x, atol=1e-3, rtol=0)
+
+
+def test_i_jepa_with_nothing_taken_away_is_i_jepa():
+    torch.manual_seed(0)
+    whole = methods.build(tiny())
+    torch.manual_seed(0)
+    encoder = Encoder("16x2x1", 24, 4)
+    same = methods.AblatedIJEPA(encoder, "8x1x1", methods.masking(tiny(), encoder.grid), "smooth_l1")
+    assert type(whole) is IJEPA
+    losses = [model(images(), generator=torch.Generator().manual_seed(0)).loss for model in (whole, same)]
+    assert torch.equal(*losses)
+
+
+def test_without_stop_gradient_gradients_reach_the_targets_and_with_it_they_do_not():
+    for stop in (True, False):
+        model = methods.build(tiny(stop_gradient=stop, target_norm=False))  # an AblatedIJEPA either way
+        assert model.targets(images(), model.masking(4)).requires_grad == (not stop)
+
+
+def test_a_masked_input_hides_the_rest_of_the_image_from_the_target_encoder():
+    """Changing pixels outside of a target block changes its targets, unless the target encoder's input is masked."""
+    x = images()
+    for masked_input in (False, True):
+        model = methods.build(tiny(masked_input=masked_input, target_norm=True))
+        masks = model.masking(4, torch.Generator().manual_seed(0))
+        inside = masks.maps(36)[1][:, 0].view(4, 1, 6, 6).repeat_interleave(4, 2).repeat_interleave(4, 3)  # the first block
+        changed = torch.where(inside, x, torch.randn(4, 3, 24, 24))
+        same = torch.allclose(model.targets(x, masks)[:, 0][masks.valid()[1][:, 0]],
+                              model.targets(changed, masks)[:, 0][masks.valid()[1][:, 0]], atol=1e-5)
+        assert same == masked_input
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_is_measured_and_is_probed(tmp_path, method, capsys):
+    changes = {"context_size": 0} if "mae" not in method else {}
+    train.train(tiny(method=method, out=str(tmp_path), measurements=2, **changes))
+    rows = list(csv.DictReader(open(tmp_path / "metrics.csv")))
+    assert all(float(row["loss"]) > 0 for row in rows[1:]) and float(rows[-1]["rank"]) >= 1 and rows[-1]["knn"]
+    assert bool(rows[-1]["held_out_loss"]) == (method != "supervised")
+    model, run_config, _ = train.load_run(tmp_path)
+    assert run_config.method == method
+    x = evaluate.features(model.target_encoder, data.load("shapes", "test"), 24, "cpu")
+    assert x.shape == (200, 16) and x.isfinite().all()
+
+
+def test_supervision_learns_the_labels_and_needs_them(tmp_path, monkeypatch):
+    train.train(tiny(method="supervised", out=str(tmp_path), epochs=25, lr=1e-2))
+    rows = list(csv.DictReader(open(tmp_path / "metrics.csv")))
+    assert float(rows[-1]["loss"]) < 0.6 * float(rows[1]["loss"])  # it learns its training images by heart
+    load = data.load
+
+    def unlabelled(*args):
+        dataset = load(*args)
+        dataset.labels = None
+        return dataset
+
+    monkeypatch.setattr(data, "load", unlabelled)
+    with pytest.raises(UsageError, match="needs labels"):
+        train.train(tiny(method="supervised", out=str(tmp_path / "other")))
+
+
+def test_a_method_that_does_not_exist_is_refused_with_those_that_do():
+    with pytest.raises(UsageError, match="--method is byol: choose one of ijepa, mae"):
+        from_preset("shapes", method="byol")
