@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shlex
 import statistics
 import sys
@@ -301,7 +302,8 @@ def evaluate_run(folder, args, argv=None):
         results = measure_labelled(folder, model, run_config, about, full, data.load(name, "test", *where), args, device)
     results |= provenance(run_config, about, device, argv)
     results["seconds"] = {"total": time.perf_counter() - start, **results.pop("seconds", {})}
-    train.write(folder / "evaluation.json", lambda path: Path(path).write_text(json.dumps(results, indent=2)))
+    text = re.sub(r"\[[^\[\]{}]*\]", lambda numbers: " ".join(numbers[0].split()), json.dumps(results, indent=2))  # a list on one line
+    train.write(folder / "evaluation.json", lambda path: Path(path).write_text(text))
     return results
 
 

@@ -1,11 +1,13 @@
 """The README's numbers are those of results/, and its commands and files exist."""
 
+import csv
 import json
 import pathlib
 import re
 import statistics
 
 import config
+import diagnostics
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -21,7 +23,7 @@ def table_row(name, heading):
 def test_the_shapes_table_is_the_mean_and_deviation_of_the_three_committed_runs():
     runs = [json.loads((ROOT / f"results/shapes_seed{seed}.json").read_text()) for seed in range(3)]
     for name in ("target encoder", "context encoder", "random encoder", "raw pixels"):
-        for measure, cell in zip(("linear", "knn"), table_row(name, "### Embedded shapes")):
+        for measure, cell in zip(("linear", "best", "knn", "precision@5"), table_row(name, "### Embedded shapes"), strict=True):
             values = [100 * run["features"][name.split()[0 if "raw" not in name else 1]][measure] for run in runs]
             assert cell == f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
 
@@ -65,3 +67,14 @@ def test_every_file_and_preset_the_readme_names_exists():
     for script in ("evaluate.py", "predict_and_visualize.py"):
         flags |= set(re.findall(r'add_argument\("(--[a-z-]+)"', (ROOT / script).read_text(encoding="utf-8")))
     assert set(re.findall(r"(?<![-\w])--[a-z][a-z-]+", README)) <= flags
+
+
+def test_the_committed_shapes_runs_are_healthy_by_every_measure():
+    """No warning at any time, and kNN at the end six times what it was before training."""
+    for seed in range(3):
+        with open(ROOT / f"results/shapes_seed{seed}_metrics.csv") as file:
+            rows = [row for row in csv.DictReader(file) if row["rank"]]
+        found = [{name: float(row[name]) for name in diagnostics.MEASURES} for row in rows]
+        for row, now in zip(rows, found):
+            assert diagnostics.warnings(now, found[0], int(row["step"]) / int(rows[-1]["step"])) == {}
+        assert found[-1]["knn"] > 6 * found[0]["knn"] and found[-1]["rank"] > found[0]["rank"]
