@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import checkpoint
 import config
 import data
 import diagnostics
@@ -82,7 +83,7 @@ def cached_features(folder, encoder, dataset, image_size, device, layers=4):
         return torch.load(path, weights_only=True)
     found = features(encoder, dataset, image_size, device, layers=layers)
     path.parent.mkdir(exist_ok=True)
-    train.write(path, lambda temporary: torch.save(found, temporary))
+    checkpoint.write(path, lambda temporary: torch.save(found, temporary))
     return found
 
 
@@ -292,7 +293,7 @@ def measure_unlabelled(dataset, model, run_config, args):
 def evaluate_run(folder, args, argv=None):
     """Evaluate one run folder as the command line says: print the tables, write and return what evaluation.json holds."""
     start, device = time.perf_counter(), train.pick_device(args.device)
-    model, run_config, about = train.load_run(folder, device)
+    model, run_config, about = checkpoint.load_run(folder, device)
     name, where = args.dataset or run_config.dataset, (args.data_dir or run_config.data_dir, run_config.image_size)
     full = data.load(name, "train", *where)
     if full.labels is None and not args.dataset:
@@ -303,7 +304,7 @@ def evaluate_run(folder, args, argv=None):
     results |= provenance(run_config, about, device, argv)
     results["seconds"] = {"total": time.perf_counter() - start, **results.pop("seconds", {})}
     text = re.sub(r"\[[^\[\]{}]*\]", lambda numbers: " ".join(numbers[0].split()), json.dumps(results, indent=2))  # a list on one line
-    train.write(folder / "evaluation.json", lambda path: Path(path).write_text(text))
+    checkpoint.write(folder / "evaluation.json", lambda path: Path(path).write_text(text))
     return results
 
 
@@ -339,8 +340,8 @@ def compare(args):
     """How alike two runs' target encoders are, beside the first one's random encoder, on the first one's test images; prints, and writes
     RUN/compare.json."""
     device, found = train.pick_device(args.device), {}
-    model, run_config, about = train.load_run(args.runs[0], device)
-    other, other_config, _ = train.load_run(args.compare, device)
+    model, run_config, about = checkpoint.load_run(args.runs[0], device)
+    other, other_config, _ = checkpoint.load_run(args.compare, device)
     encoders = {str(args.compare): (other.target_encoder, other_config.image_size),
                 "random encoder": (random_encoder(run_config, about, device, args.seed), run_config.image_size)}
     images = data.load(args.dataset or run_config.dataset, "test", args.data_dir or run_config.data_dir, run_config.image_size)
@@ -353,7 +354,7 @@ def compare(args):
         y = features(encoder, images, size, device)
         found[name] = {"cka": probes.linear_cka(x, y), "neighbour_overlap": probes.neighbour_overlap(x, y)}
         print(f"{name:24}{found[name]['cka']:8.2f}{100 * found[name]['neighbour_overlap']:28.1f}")
-    train.write(args.runs[0] / "compare.json", lambda path: Path(path).write_text(json.dumps(found, indent=2)))
+    checkpoint.write(args.runs[0] / "compare.json", lambda path: Path(path).write_text(json.dumps(found, indent=2)))
 
 
 def main(argv=None):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from masking import RandomMasking
-from models import Encoder, Output, Predictor, initialise, patchify, prediction_loss, take
+from models import Encoder, Output, Predictor, initialise, patchify, prediction_loss, take, unpatchify
 
 
 def pixel_targets(images, patch_size):
@@ -84,12 +84,6 @@ def reconstruct(model, images, masks):
     masked[rows, hidden] = 0.0
     answered[rows, hidden] = predictions * take(std, hidden) + take(mean, hidden)
     return tuple(unpatchify(part, model.context_encoder.grid, patch) for part in (masked, answered))
-
-
-def unpatchify(patches, grid, patch_size):
-    """patchify undone, in two dimensions: [B, N, C * p**2] -> [B, C, H, W]."""
-    tiles = patches.unflatten(1, grid).unflatten(-1, (-1, patch_size, patch_size))  # [B, rows, columns, C, p, p]
-    return tiles.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)  # [B, C, H, W]
 
 
 def build(config, channels=3, axes=2):

@@ -59,6 +59,12 @@ def patchify(images, patch_size):
     return images.flatten(1 + len(sides)).flatten(1, len(sides))  # [B, N, C*p*p]
 
 
+def unpatchify(patches, grid, patch_size):
+    """`patchify` undone, in two dimensions: [B, N, C * patch_size**2] with N = rows * columns of the grid -> [B, C, H, W]."""
+    tiles = patches.unflatten(1, grid).unflatten(-1, (-1, patch_size, patch_size))  # [B, H/p, W/p, C, p, p]
+    return tiles.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)  # [B, C, H, W]
+
+
 class PatchEmbed(nn.Module):
     """One linear map from a patch's pixels to a token: images [B, C, H, W] -> [B, N, D]. (The same as a strided convolution.)"""
 

@@ -16,9 +16,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+import checkpoint
 import config
 import data
 import evaluate
+import mae
 import methods
 import models
 import train
@@ -114,8 +116,7 @@ def fill(pictures, masks, features, gallery, grid):
     row = torch.arange(len(pictures))[:, None, None].expand_as(masks.targets)  # [B, M, Nt], number of the image
     patches = models.patchify(pictures, patch).clone()  # [B, N, 3 * patch**2]
     patches[row[valid], masks.targets[valid]] = gallery.patches[nearest(features[valid], gallery.features)[:, 0]]
-    tiles = patches.unflatten(1, grid).unflatten(-1, (3, patch, patch))  # [B, rows, columns, 3, patch, patch]
-    return tiles.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)  # [B, 3, H, W]
+    return models.unpatchify(patches, grid, patch)  # [B, 3, H, W]
 
 
 def neighbours_figure(model, untrained, images, pictures, masks, gallery, title=""):
@@ -157,7 +158,8 @@ def moving_block_figure(model, images, pictures, gallery, sides=None, places=5, 
     cosine distance of predicted and true features, averaged over the block, drawn at the block's centre.
     """
     grid, size = model.masking.grid, pictures.shape[-1]
-    sides = sides or [max(1, round(side * (sum(model.masking.target_scale) / 2) ** 0.5)) for side in grid]
+    scale = getattr(model.masking, "target_scale", (0.15, 0.2))  # random and raster masks have none
+    sides = sides or [max(1, round(side * (sum(scale) / 2) ** 0.5)) for side in grid]
     patch, masks = size // grid[0], slide(grid, sides)
     high, wide = (side - length + 1 for side, length in zip(grid, sides))
     steps = torch.linspace(0, wide - 1, min(places, wide)).round().long()
@@ -180,6 +182,19 @@ def moving_block_figure(model, images, pictures, gallery, sides=None, places=5, 
         row[-1].set(xlim=(-0.5, size - 0.5), ylim=(size - 0.5, -0.5))
     add_bar(figure, axes[:, -1], "cosine distance", shrink=0.8)
     return figure
+
+
+def reconstruction_figure(model, images, pictures, masks, mean, std, title=""):
+    """What a masked autoencoder answers: seen (the rest white), its reconstruction, and the original, a row an image.
+
+    images: normalised by `mean` and `std` (a number a channel); pictures: the same in 0..1.
+    """
+    hidden = to_pixels(masks.maps(model.masking.N)[1][:, 0], pictures.shape[-1], model.masking.grid)[:, None]  # [B, 1, H, W]
+    _, answered = mae.reconstruct(model, images, masks)
+    mean, std = (torch.tensor(part).view(-1, 1, 1) for part in (mean, std))  # [C, 1, 1]
+    columns = [("seen", torch.where(hidden, 1.0, pictures)), ("reconstructed", (answered * std + mean).expand_as(pictures)),
+               ("original", pictures)]
+    return table(columns, title)[0]
 
 
 def error_figure(model, images, pictures, generator, draws=32, title=""):
@@ -245,7 +260,7 @@ class Run:
     folder: Path
     model: models.IJEPA
     config: config.Config
-    about: dict  # what train.load_run says of its data
+    about: dict  # what checkpoint.load_run says of its data
     test: data.ImageDataset
     order: torch.Tensor  # int64 [n], a random order of the test images
     gallery_size: int
@@ -281,6 +296,15 @@ def predictor_figures(run, untrained, generator):
     yield "prediction_error", error_figure(
         model, images, pictures, generator, title=f"{run.what}: where prediction is hard (mean of 32 masks).\n"
         "Notice that outlines and small things are harder than plain ground")
+
+
+def decoder_figures(run, generator):
+    """Yields (file name, Figure): what a masked autoencoder makes of hidden patches."""
+    images, pictures = run.take(0, SHOWN)
+    yield "reconstruction", reconstruction_figure(
+        run.model, images, pictures, run.model.masking(SHOWN, generator), run.test.mean, run.test.std,
+        f"{run.what}: three quarters hidden, and the decoder's answer.\n"
+        "Each patch is given the true one's mean and contrast, which the decoder is not asked for")
 
 
 def encoder_figures(run):
@@ -357,7 +381,7 @@ def images_to_show(run_config, data_dir):
 
 def load(args):
     """The Run that the command line asks for; raises UsageError for volumes and where images are too few."""
-    model, run_config, about = train.load_run(args.run)
+    model, run_config, about = checkpoint.load_run(args.run)
     if about["axes"] != 2:
         raise config.UsageError(f"{args.run} was trained on volumes; the figures show flat images only")
     test = images_to_show(run_config, args.data_dir or run_config.data_dir)
@@ -389,17 +413,21 @@ def main(argv=None):
     run = load(arguments(argv))
     generator, folder = torch.Generator().manual_seed(run.seed), run.folder / "figures"
     folder.mkdir(exist_ok=True)
-    with torch.random.fork_rng():
-        torch.manual_seed(run.seed)
-        untrained = methods.build(run.config, run.about["channels"]).predictor.eval()
-
     def save(figures):
         for name, figure in figures:
             figure.savefig(folder / f"{name}.png", dpi=130)
             print(f"{folder / name}.png", flush=True)
 
-    save(predictor_figures(run, untrained, generator))
-    write_retrieval(run, untrained, generator)
+    if isinstance(run.model, models.IJEPA) and run.config.targets == "features":
+        with torch.random.fork_rng():
+            torch.manual_seed(run.seed)
+            untrained = methods.build(run.config, run.about["channels"]).predictor.eval()
+        save(predictor_figures(run, untrained, generator))
+        write_retrieval(run, untrained, generator)
+    elif run.config.method == "mae":
+        save(decoder_figures(run, generator))
+    else:
+        print(f"left out what the predictor imagines: --method {run.config.method} predicts no features")
     save(encoder_figures(run))
     save(recorded_figures(run))
 

@@ -10,13 +10,12 @@ import csv
 import itertools
 import json
 import math
-import os
 import pathlib
 import signal
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import torch
 from tqdm import tqdm
@@ -25,10 +24,8 @@ import config as settings
 import data
 import diagnostics
 import methods
+from checkpoint import Progress, restore, resumed_config, save_checkpoint, write
 from config import UsageError
-
-# Fields that may differ between a run and its continuation: they cannot change its result, or what they name is compared itself.
-FREE_ON_RESUME = ("out", "device", "workers", "checkpoint_minutes", "measurements", "data_dir", "dataset")
 
 # --- schedules: functions of the optimizer step ------------------------------------------------------------------------
 
@@ -159,63 +156,6 @@ def monitor(config, dataset, device):
     return diagnostics.Monitor(images(dataset, held), sets, config.batch_size)
 
 
-# --- checkpoints -------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Progress:
-    """How far a run has come: optimizer steps done, steps planned, seconds of training so far."""
-
-    step: int = 0
-    total: int = 0
-    seconds: float = 0.0
-
-
-def write(path, save):
-    """Call save(temporary path), flush to disk, rename: a reader finds the old file or the new one, never half of one."""
-    temporary = path.with_suffix(path.suffix + ".tmp")
-    save(temporary)
-    with open(temporary, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def save_checkpoint(folder, config, model, optimizer, generator, progress, about):
-    """Write checkpoint.pt, with everything the run needs to go on as if it had not stopped, and encoder.pt, its result."""
-    about = {**about, "device": generator.device.type}
-    checkpoint = {
-        "config": asdict(config), "data": about, "progress": asdict(progress), "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(), "generator": generator.get_state(),
-    }
-    write(folder / "checkpoint.pt", lambda path: torch.save(checkpoint, path))
-    encoder = {"config": asdict(config), "data": about, "encoder": model.target_encoder.state_dict()}
-    write(folder / "encoder.pt", lambda path: torch.save(encoder, path))
-
-
-def load_checkpoint(folder, device):
-    """The dict that save_checkpoint wrote. Raises UsageError where there is none or it cannot be read."""
-    path = pathlib.Path(folder) / "checkpoint.pt"
-    if not path.exists():
-        raise UsageError(f"{folder} holds no checkpoint.pt; train with `python train.py --out {folder}` first")
-    try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
-        if not {"config", "data", "progress", "model", "optimizer", "generator"} <= set(checkpoint):
-            raise UsageError("it is no checkpoint of train.py")
-        return checkpoint
-    except Exception as error:  # torch raises many kinds for a damaged or an unsafe file
-        raise UsageError(f"{path} cannot be read ({data.one_line(error)[:200]}); train again with another --out") from error
-
-
-def load_run(folder, device="cpu"):
-    """A finished or unfinished run, ready to use: the model in eval mode, its Config, and a dict with "name", "channels", "axes" and
-    "classes" of its data and its "progress" (step, total, seconds)."""
-    checkpoint = load_checkpoint(folder, device)
-    config, about = settings.from_dict(checkpoint["config"]), {**checkpoint["data"], "progress": checkpoint["progress"]}
-    model = methods.build(config, about["channels"], about["axes"], about["classes"]).to(device)
-    model.load_state_dict(checkpoint["model"])
-    return model.eval(), config, about
-
-
 # --- the run -----------------------------------------------------------------------------------------------------------
 
 
@@ -336,22 +276,7 @@ def look(config, watch, model, progress):
     return {name: round(value, 5) for name, value in found.items()}
 
 
-def restore(folder, device, model, optimizer, generator, about):
-    """Load checkpoint.pt into what is given and return its Progress. Raises UsageError where data or device is not the run's."""
-    checkpoint = load_checkpoint(folder, device)
-    if checkpoint["data"]["device"] != device.type:  # another generator draws other crops and masks
-        raise UsageError(f"{folder} was trained on {checkpoint['data']['device']} and can only go on there, but this is {device.type}; "
-                         "use --device, or that machine")
-    differs = [name for name, value in about.items() if checkpoint["data"][name] != value]
-    if differs:
-        raise UsageError(f"the data is not what {folder} was trained on; these differ: {', '.join(differs)}")
-    model.load_state_dict(checkpoint["model"])
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    generator.set_state(checkpoint["generator"].cpu())
-    return Progress(**checkpoint["progress"])
-
-
-def set_up(config, resume):
+def set_up(config, resume, override):
     """All that a run works with, (dataset, model, optimizer, generator, what is known of the data, Progress); on resume as it was left."""
     folder, device = pathlib.Path(config.out), pick_device(config.device)
     if not resume and (folder / "checkpoint.pt").exists():
@@ -371,7 +296,7 @@ def set_up(config, resume):
     model = methods.build(config, about["channels"], about["axes"], about["classes"]).to(device).train()
     optimizer = build_optimizer(config, model)
     generator = torch.Generator(device).manual_seed(config.seed)  # crops and masks
-    progress = restore(folder, device, model, optimizer, generator, about) if resume else Progress()
+    progress = restore(folder, device, model, optimizer, generator, about, override) if resume else Progress()
     if device.type == "cuda" and isinstance(dataset.images, torch.Tensor) and dataset.images.nbytes < torch.cuda.mem_get_info()[0] / 4:
         dataset.images = dataset.images.to(device)  # an epoch then copies nothing
     return dataset, model, optimizer, generator, about, progress
@@ -388,14 +313,14 @@ def open_folder(config):
     return folder
 
 
-def train(config, resume=False):
+def train(config, resume=False, override=False):
     """Pretrain as the Config says and fill its run folder; returns the IJEPA. Ctrl-C or SIGTERM: saves, says how to
     go on, and exits with 130.
 
     Raises UsageError where settings, data and folder do not go together.
     """
     config.out = config.out or f"runs/{config.preset}"
-    dataset, model, optimizer, generator, about, progress = set_up(config, resume)
+    dataset, model, optimizer, generator, about, progress = set_up(config, resume, override)
     device, images_per_step = generator.device, config.batch_size * config.accumulation
     seconds_per_step = time_step(config, model, dataset, device)
     folder = open_folder(config)
@@ -444,7 +369,11 @@ def train(config, resume=False):
                     left = (budget - progress.seconds) * rate / images_per_step
                     bar.total = progress.total = min(planned, progress.step + max(0, int(left)))
             if time.perf_counter() - last_save > 60 * config.checkpoint_minutes:
-                save_checkpoint(folder, config, model, optimizer, generator, progress, about)
+                try:
+                    save_checkpoint(folder, config, model, optimizer, generator, progress, about)
+                except UsageError as error:  # a full disk may be put right while the run goes on
+                    again = f"tried again in {config.checkpoint_minutes:g} minutes"
+                    tqdm.write(f"warning at step {progress.step:,}: {error}; {again}", file=sys.stderr)
                 last_save = time.perf_counter()
         save_checkpoint(folder, config, model, optimizer, generator, progress, about)
     bar.close()
@@ -456,26 +385,18 @@ def train(config, resume=False):
     return model
 
 
-def resumed_config(arguments):
-    """The Config of the run in --out, with the flags given now; those that would change the result are refused."""
-    stored = load_checkpoint(arguments.out, "cpu")["config"]
-    given = settings.given(arguments)
-    changed = [name for name in given if name not in FREE_ON_RESUME and given[name] != stored[name]]
-    if changed:
-        raise UsageError(f"cannot resume {arguments.out} with other settings: " + "; ".join(
-            f"--{name.replace('_', '-')} was {stored[name]}, now {given[name]}" for name in changed))
-    return settings.from_dict({**stored, **given})
-
-
 def main(argv=None):
     """The command line: flags are the fields of Config, and --resume."""
     parser = settings.parser("Pretrain I-JEPA on a data set; without flags, on embedded images.")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    parser.add_argument("--override", action="store_true", help="with --resume: go on although settings, data or device are not the run's")
     arguments = parser.parse_args(argv)
     if arguments.resume:
         if not getattr(arguments, "out", ""):
             raise UsageError("--resume needs --out FOLDER, the run to go on with")
-        return train(resumed_config(arguments), resume=True)
+        return train(resumed_config(arguments), True, arguments.override)
+    if arguments.override:
+        raise UsageError("--override is for --resume")
     return train(settings.from_arguments(arguments))
 
 

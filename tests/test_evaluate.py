@@ -106,7 +106,7 @@ def run(tmp_path, monkeypatch):
 
     settings = config.from_preset("shapes", image_size=8, encoder="16x2x2", predictor="16x1x2", num_targets=1, context_size=0, min_keep=1)
     model, about = methods.build(settings).eval(), {"channels": 3, "axes": 2, "progress": {"step": 1}}
-    monkeypatch.setattr(evaluate.train, "load_run", lambda folder, device: (model, settings, about))
+    monkeypatch.setattr(evaluate.checkpoint, "load_run", lambda folder, device: (model, settings, about))
     monkeypatch.setattr(evaluate, "random_encoder", lambda *_: model.target_encoder)
     monkeypatch.setattr(evaluate.data, "load", lambda name, split, data_dir, image_size: images(200, seed=len(split)))
     return tmp_path

@@ -5,14 +5,16 @@ import csv
 import pytest
 import torch
 
+import checkpoint
 import data
 import evaluate
 import mae
 import methods
+import predict_and_visualize as viz
 import train
 from config import METHODS, UsageError, from_preset
 from masking import RandomMasking, RasterMasking
-from models import IJEPA, Encoder
+from models import IJEPA, Encoder, patchify, unpatchify
 
 
 @pytest.fixture(autouse=True)
@@ -80,6 +82,11 @@ def test_a_reconstruction_keeps_what_was_seen_and_a_perfect_decoder_gives_the_im
     torch.testing.assert_close(mae.reconstruct(model, x, masks)[1], x, atol=1e-3, rtol=0)
 
 
+def test_unpatchify_undoes_patchify():
+    x = torch.randn(2, 3, 8, 12)
+    assert torch.equal(unpatchify(patchify(x, 4), (2, 3), 4), x)
+
+
 def test_i_jepa_with_nothing_taken_away_is_i_jepa():
     torch.manual_seed(0)
     whole = methods.build(tiny())
@@ -117,10 +124,21 @@ def test_every_method_trains_is_measured_and_is_probed(tmp_path, method, capsys)
     rows = list(csv.DictReader(open(tmp_path / "metrics.csv")))
     assert all(float(row["loss"]) > 0 for row in rows[1:]) and float(rows[-1]["rank"]) >= 1 and rows[-1]["knn"]
     assert bool(rows[-1]["held_out_loss"]) == (method != "supervised")
-    model, run_config, _ = train.load_run(tmp_path)
+    model, run_config, _ = checkpoint.load_run(tmp_path)
     assert run_config.method == method
     x = evaluate.features(model.target_encoder, data.load("shapes", "test"), 24, "cpu")
     assert x.shape == (200, 16) and x.isfinite().all()
+
+
+def test_figures_of_a_masked_autoencoder_and_of_supervision_show_what_they_have(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("shapes.COUNT", {"train": 400, "test": 400})
+    for method in ("mae", "supervised"):
+        train.train(tiny(method=method, out=str(tmp_path / method), max_steps=2))
+        viz.main([str(tmp_path / method), "--images", "250", "--tsne-images", "100"])
+        drawn = {path.stem for path in (tmp_path / method / "figures").glob("*.png")}
+        assert {"tokens", "attention", "nearest_images", "tsne", "curves"} <= drawn
+        assert ("reconstruction" in drawn) == (method == "mae") and "predictor_neighbours" not in drawn
+    assert "supervised predicts no features" in capsys.readouterr().out
 
 
 def test_supervision_learns_the_labels_and_needs_them(tmp_path, monkeypatch):

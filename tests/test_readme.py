@@ -78,3 +78,12 @@ def test_the_committed_shapes_runs_are_healthy_by_every_measure():
         for row, now in zip(rows, found):
             assert diagnostics.warnings(now, found[0], int(row["step"]) / int(rows[-1]["step"])) == {}
         assert found[-1]["knn"] > 6 * found[0]["knn"] and found[-1]["rank"] > found[0]["rank"]
+
+
+def test_only_without_the_stop_gradient_did_the_features_collapse_and_those_runs_said_so():
+    variants = json.loads((ROOT / "results/collapse.json").read_text())["variants"]
+    for name, run in variants.items():
+        collapsed = name in ("no stop-gradient", "none of the three")
+        assert (run["rows"][-1]["target_std"] < 0.05) == collapsed == bool(run["warnings"])
+    healthy, collapsed = (variants[name]["rows"][-1]["held_out_loss"] for name in ("as it is", "no stop-gradient"))
+    assert f"{collapsed:.4f}".lstrip("0") in README and f"{healthy:.2f}".lstrip("0") in README and healthy / collapsed > 490

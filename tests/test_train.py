@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import config as settings
+import checkpoint
 import data
 import evaluate
 import methods
@@ -193,7 +194,7 @@ def test_two_runs_with_one_seed_are_identical_and_another_seed_differs(tmp_path)
 
 def test_load_run_gives_back_the_trained_encoders(tmp_path):
     model = train.train(tiny(tmp_path, max_steps=2))
-    loaded, config, about = train.load_run(tmp_path)
+    loaded, config, about = checkpoint.load_run(tmp_path)
     assert not loaded.training and config.encoder == "16x1x2" and about["name"] == "shapes"
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), loaded.parameters()))
 
@@ -205,7 +206,7 @@ def test_a_checkpoint_that_runs_code_is_refused(tmp_path):
 
     torch.save({"model": Evil()}, tmp_path / "checkpoint.pt")
     with pytest.raises(UsageError, match="cannot be read"):
-        train.load_run(tmp_path)
+        checkpoint.load_run(tmp_path)
     assert not (tmp_path / "owned").exists()
 
 
@@ -214,7 +215,7 @@ def test_resume_refuses_other_settings_and_other_data_naming_them(tmp_path, monk
     with pytest.raises(UsageError, match="--lr was 0.004, now 0.1"):
         train.main(["--out", str(tmp_path), "--resume", "--lr", "0.1"])
     monkeypatch.setattr("shapes.COUNT", {"train": 128, "test": 64})
-    with pytest.raises(UsageError, match="images, fingerprint"):
+    with pytest.raises(UsageError, match="images .was 64, is 128., fingerprint"):
         train.main(["--out", str(tmp_path), "--resume"])
 
 

@@ -1,0 +1,140 @@
+"""What a run leaves on disk and how it is taken up again: nothing is lost when it is stopped, killed, or short of disk.
+
+A file is written beside the old one, flushed, read back, and only then given its name. Files are read with `weights_only=True`, so that
+a checkpoint from a stranger cannot run code.
+"""
+
+import os
+import pathlib
+import zipfile
+from dataclasses import asdict, dataclass
+
+import torch
+
+import config as settings
+import data
+import methods
+from config import UsageError
+
+# Fields that may differ between a run and its continuation: they cannot change its result, or what they name is compared itself.
+FREE_ON_RESUME = ("out", "device", "workers", "checkpoint_minutes", "measurements", "data_dir", "dataset")
+
+
+@dataclass
+class Progress:
+    """How far a run has come: optimizer steps done, steps planned, seconds of training so far."""
+
+    step: int = 0
+    total: int = 0
+    seconds: float = 0.0
+
+
+# --- writing -------------------------------------------------------------------------------------------------------------
+
+
+def write(path, save):
+    """Call save(temporary path), flush to disk, rename: a reader finds the old file or the new one, never half of one.
+
+    Raises UsageError, the old file left as it was, where the disk is full or the folder cannot be written to.
+    """
+    path = pathlib.Path(path)
+    temporary = path.with_suffix(path.suffix + ".tmp")
+    try:
+        save(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        if path.suffix == ".pt" and (damaged := zipfile.ZipFile(temporary).testzip()):  # each part has a checksum
+            raise OSError(f"what was read back of {damaged} is not what was written")
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY) if hasattr(os, "O_DIRECTORY") else None  # Windows opens no folders
+        if folder is not None:
+            os.fsync(folder)  # the new name, too, is on disk
+            os.close(folder)
+    except (OSError, RuntimeError, zipfile.BadZipFile) as error:  # torch turns a full disk into a RuntimeError
+        temporary.unlink(missing_ok=True)
+        kept = "; what it held before is kept" if path.exists() else ""
+        why = data.one_line(error)[:200]
+        raise UsageError(f"{path} cannot be written ({why}){kept}; free some disk, or choose another --out") from None
+
+
+def save_checkpoint(folder, config, model, optimizer, generator, progress, about):
+    """Write checkpoint.pt, with everything the run needs to go on as if it had not stopped, and encoder.pt, its result.
+
+    The place in the data follows from the step and the seed; crops and masks come from the one generator.
+    """
+    about = {**about, "device": generator.device.type}
+    checkpoint = {
+        "config": asdict(config), "data": about, "progress": asdict(progress), "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(), "generator": generator.get_state(),
+    }
+    write(folder / "checkpoint.pt", lambda path: torch.save(checkpoint, path))
+    encoder = {"config": asdict(config), "data": about, "encoder": model.target_encoder.state_dict()}
+    write(folder / "encoder.pt", lambda path: torch.save(encoder, path))
+
+
+# --- reading -------------------------------------------------------------------------------------------------------------
+
+
+def load_checkpoint(folder, device):
+    """The dict that save_checkpoint wrote. Raises UsageError where there is none or it cannot be read."""
+    path = pathlib.Path(folder) / "checkpoint.pt"
+    if not path.exists():
+        raise UsageError(f"{folder} holds no checkpoint.pt; train with `python train.py --out {folder}` first")
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        if not {"config", "data", "progress", "model", "optimizer", "generator"} <= set(checkpoint):
+            raise UsageError("it is no checkpoint of train.py")
+        return checkpoint
+    except Exception as error:  # torch raises many kinds for a damaged or an unsafe file
+        raise UsageError(f"{path} cannot be read ({data.one_line(error)[:200]}); train again with another --out") from error
+
+
+def load_run(folder, device="cpu"):
+    """A finished or unfinished run, ready to use: the model in eval mode, its Config, and a dict with "name", "channels", "axes" and
+    "classes" of its data and its "progress" (step, total, seconds)."""
+    checkpoint = load_checkpoint(folder, device)
+    config, about = settings.from_dict(checkpoint["config"]), {**checkpoint["data"], "progress": checkpoint["progress"]}
+    model = methods.build(config, about["channels"], about["axes"], about["classes"]).to(device)
+    model.load_state_dict(checkpoint["model"])
+    return model.eval(), config, about
+
+
+# --- going on ------------------------------------------------------------------------------------------------------------
+
+
+def resumed_config(arguments):
+    """The Config of the run in --out, with the flags given now.
+
+    Raises UsageError, naming them, for those that would change the result, unless --override is given.
+    """
+    stored = load_checkpoint(arguments.out, "cpu")["config"]
+    given = settings.given(arguments)
+    changed = [name for name in given if name not in FREE_ON_RESUME and given[name] != stored[name]]
+    if changed and not arguments.override:
+        raise UsageError(f"cannot resume {arguments.out} with other settings: " + "; ".join(
+            f"--{name.replace('_', '-')} was {stored[name]}, now {given[name]}" for name in changed) + " (--override does it all the same)")
+    return settings.from_dict({**stored, **given})
+
+
+def restore(folder, device, model, optimizer, generator, about, override=False):
+    """Load checkpoint.pt into what is given and return its Progress.
+
+    Raises UsageError, naming what differs, where data or device is not the run's, unless `override`; and where the weights do not fit.
+    """
+    checkpoint = load_checkpoint(folder, device)
+    was = checkpoint["data"]
+    if was["device"] != device.type and not override:  # another generator draws other crops and masks
+        raise UsageError(f"{folder} was trained on {was['device']} and can only go on there, but this is {device.type}; "
+                         "use --device, or that machine, or --override")
+    differs = [f"{name} (was {was[name]}, is {value})" for name, value in about.items() if was[name] != value]
+    if differs and not override:
+        raise UsageError(f"the data is not what {folder} was trained on; these differ: {', '.join(differs)} "
+                         "(--override goes on all the same)")
+    try:
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    except (RuntimeError, ValueError) as error:
+        raise UsageError(f"the weights of {folder} do not fit these settings ({data.one_line(error)[:200]})") from None
+    if was["device"] == device.type:
+        generator.set_state(checkpoint["generator"].cpu())
+    return Progress(**checkpoint["progress"])
