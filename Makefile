@@ -2,6 +2,8 @@
 # make test   the whole test suite
 # make lint   style checks
 # make results  the three runs behind the README's table (15 minutes)
+# make comparison  I-JEPA, MAE and supervision, three seeds (hours on a CPU; stopped, it goes on where it was)
+# make ablations   the paper's ablations at our scale, three seeds (hours on a CPU)
 # make collapse  what each safeguard against collapse is worth (minutes)
 # make probe-speed  time of the linear probe on 50,000 features
 # All make their own environment in .venv; all that a machine needs is make and Python 3.10 or newer.
@@ -11,7 +13,7 @@ RUN := .venv/bin/python
 # Threads that wait asleep, not spinning: as fast on an idle machine, many times faster on one that does something else too.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test results probe-speed collapse lint clean
+.PHONY: demo test results probe-speed collapse comparison ablations lint clean
 
 .venv/ready: requirements.txt constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -41,6 +43,12 @@ probe-speed: .venv/ready
 
 collapse: .venv/ready
 	$(RUN) tests/measure_collapse.py > collapse.tmp && mv collapse.tmp results/collapse.json
+
+comparison: .venv/ready
+	$(RUN) experiments.py comparison --seeds 0 1 2
+
+ablations: .venv/ready
+	$(RUN) experiments.py ablations --seeds 0 1 2
 
 lint: .venv/ready
 	$(RUN) -m pip install --quiet ruff==0.17.5

@@ -338,3 +338,22 @@ def low_shot_figure(results):
     figure.suptitle(f"{evaluated(results)}: few labels (mean and one standard deviation over draws);\n"
                     "read across: how many labels pretraining saves", fontsize=10)
     return figure
+
+
+def ablations_figure(rows, title=""):
+    """Linear probe and kNN of each ablation, a bar each, the first row (nothing taken away) as a line: rows of results/ablations.json."""
+    names = list(rows)
+    figure = Figure(figsize=(7.4, 0.34 * len(names) + 1.2), layout="constrained")
+    axes = figure.subplots()
+    for offset, measure, label, colour in ((-0.2, "linear", "linear probe", COLOURS[4]), (0.2, "knn", "kNN", COLOURS[0])):
+        values = np.array([100 * np.mean([run[measure] for run in row["runs"]]) for row in rows.values()])
+        bars = axes.barh(np.arange(len(names)) + offset, values, 0.38, color=colour, label=label)
+        axes.bar_label(bars, fmt="%.1f", fontsize=7, padding=2)
+        axes.axvline(values[0], color=colour, linestyle=":", linewidth=1)
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("test accuracy, %", fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    figure.suptitle(title, fontsize=10)
+    return figure

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import data
 import diagnostics
 import methods
 import train
@@ -117,3 +118,18 @@ def test_small_data_sets_are_not_split_and_larger_ones_never_train_on_what_is_he
     assert len(train.hold_out(from_preset("shapes"), 200)[1]) == 0
     kept, held = train.hold_out(from_preset("shapes"), 4000)
     assert len(held) == 400 and torch.equal(torch.cat([kept, held]).sort().values, torch.arange(4000))
+
+
+def test_unlabelled_images_are_watched_by_knn_on_the_labelled_split_of_their_data_set(monkeypatch):
+    """STL-10: 100,000 images without labels, and 5,000 with. A folder without labels has no such split and gets no kNN."""
+    def load(name, split, *_):
+        labels = torch.arange(2000) % 10 if split == "train" else None
+        return data.ImageDataset(name, torch.zeros(2000, 3, 24, 24, dtype=torch.uint8), labels, None, (0.5,) * 3, (0.25,) * 3)
+
+    monkeypatch.setattr(data, "load", load)
+    config = from_preset("shapes")
+    watch = train.monitor(config, load("stl10", "unlabeled"), torch.device("cpu"))
+    bank, bank_labels, queries, labels = watch.labelled
+    assert len(watch.images) == 200 and len(bank) == len(bank_labels) == 1000 and len(queries) == len(labels) == 500
+    assert train.monitor(config, load("photos", "unlabeled"), torch.device("cpu")).labelled is None
+    assert train.monitor(from_preset("shapes", measurements=0), load("stl10", "train"), torch.device("cpu")) is None

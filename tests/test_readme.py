@@ -54,7 +54,13 @@ def test_the_cifar_table_is_the_committed_run():
     run = json.loads((ROOT / "results/cifar10_cpu.json").read_text())
     for name in ("target encoder", "context encoder", "random encoder", "raw pixels"):
         score = run["features"][name.split()[0 if "raw" not in name else 1]]
-        assert table_row(name, "### CIFAR-10") == [f"{100 * score['linear']:.1f}", f"{100 * score['knn']:.1f}"]
+        assert table_row(name, "### CIFAR-10") == [f"{100 * score[measure]:.1f}" for measure in ("linear", "best", "knn", "precision@5")]
+
+
+def test_the_predictor_finds_the_hidden_patch_and_the_untrained_one_does_not():
+    found = json.loads((ROOT / "results/cifar10_cpu_retrieval.json").read_text())
+    assert found["trained"]["recall@10"] > 0.5 > 0.01 > found["untrained"]["recall@10"]
+    assert f"{100 * found['trained']['recall@10']:.1f}% of {found['queries']:,} hidden patches" in " ".join(README.split())
 
 
 def test_every_file_and_preset_the_readme_names_exists():
