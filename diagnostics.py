@@ -159,7 +159,7 @@ def warnings(now, first, progress):
                              f"{now['target_std']:.2f}; healthy is .5 and more)")
     if now["rank"] < first["rank"] / 4:
         found["rank"] = f"collapse: the features have shrunk to {now['rank']:.1f} directions, from {first['rank']:.1f} before training"
-    if progress > 0.1 and now.get("held_out_loss", 0) > now.get("mean_loss", 0):
+    if progress > 0.3 and now.get("held_out_loss", 0) > now.get("mean_loss", 0):
         found["predictor"] = ("the predictor is no better than the mean target (loss on held-out images "
                               f"{now['held_out_loss']:.3f} against {now['mean_loss']:.3f})")
     if progress > 0.5 and now.get("knn", 1) < first.get("knn", 0) - 0.05:  # .05: two deviations of the difference with 512 queries
