@@ -137,4 +137,7 @@ def restore(folder, device, model, optimizer, generator, about, override=False):
         raise UsageError(f"the weights of {folder} do not fit these settings ({data.one_line(error)[:200]})") from None
     if was["device"] == device.type:
         generator.set_state(checkpoint["generator"].cpu())
-    return Progress(**checkpoint["progress"])
+    progress = Progress(**checkpoint["progress"])
+    if override:
+        progress.total = 0  # planned anew
+    return progress

@@ -336,7 +336,6 @@ def train(config, resume=False, override=False):
     metrics = Metrics(folder / "metrics.csv", progress.step)
     if watch:
         watch.first = metrics.first
-    bar = tqdm(total=progress.total, initial=progress.step, unit="step", mininterval=0.5 if sys.stderr.isatty() else 30)
     before, first, clock = progress.seconds, progress.step, time.perf_counter()
     last_save = clock
 
@@ -344,7 +343,8 @@ def train(config, resume=False, override=False):
         """Whether this is one of about `times` steps spread over the run, or its last one."""
         return progress.step % max(progress.total // times, 1) == 0 or progress.step == progress.total
 
-    with StopSignals() as signals:
+    slow = 0.5 if sys.stderr.isatty() else 30  # seconds between two updates of the bar
+    with StopSignals() as signals, tqdm(total=progress.total, initial=progress.step, unit="step", mininterval=slow) as bar:
         if watch and progress.step == 0:
             metrics.append({"step": 0, "epoch": 0.0, **look(config, watch, model, progress)})
         while progress.step < progress.total and not signals.stop:
@@ -376,7 +376,6 @@ def train(config, resume=False, override=False):
                     tqdm.write(f"warning at step {progress.step:,}: {error}; {again}", file=sys.stderr)
                 last_save = time.perf_counter()
         save_checkpoint(folder, config, model, optimizer, generator, progress, about)
-    bar.close()
     metrics.file.close()
     if progress.step < progress.total:
         print(f"stopped at step {progress.step:,} of {progress.total:,}; go on with: python train.py --out {folder} --resume")
