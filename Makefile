@@ -1,5 +1,6 @@
 # make demo   pretrain on embedded images, probe, draw figures, all in runs/demo (CPU, minutes)
 # make test   the whole test suite
+# make notebooks  run both notebooks from top to bottom and keep their outputs (minutes)
 # make lint   style checks
 # make results  the three runs behind the README's table (15 minutes)
 # make comparison  I-JEPA, MAE and supervision, three seeds (hours on a CPU; stopped, it goes on where it was)
@@ -13,7 +14,7 @@ RUN := .venv/bin/python
 # Threads that wait asleep, not spinning: as fast on an idle machine, many times faster on one that does something else too.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test results probe-speed collapse comparison ablations lint clean
+.PHONY: demo test notebooks results probe-speed collapse comparison ablations lint clean
 
 .venv/ready: requirements.txt constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -31,6 +32,9 @@ demo: .venv/ready
 
 test: .venv/ready
 	$(RUN) -m pytest tests
+
+notebooks: .venv/ready
+	$(RUN) tests/run_notebooks.py
 
 results: .venv/ready
 	for seed in 0 1 2; do rm -rf runs/shapes-$$seed; \
