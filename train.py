@@ -269,10 +269,11 @@ def look(config, watch, model, progress):
     """Measure the model with a Monitor, print what it warns of and what to try, and return the measures, a dict of floats."""
     with autocast(config, watch.images.device):
         found, warnings = watch(model, progress.step / progress.total)
+    advice = f"Try a lower --lr (now {config.lr:g}) or a longer --warmup (now {config.warmup:g})"
+    if config.method not in ("mae", "supervised"):  # they have no targets that move
+        advice += f", or a --momentum closer to 1 (now {config.momentum:g}), with --stop-gradient and --target-norm on"
     for warning in warnings:
-        tqdm.write(f"warning at step {progress.step:,}: {warning}. Try a lower --lr (now {config.lr:g}), a longer --warmup (now "
-                   f"{config.warmup:g}) or a --momentum closer to 1 (now {config.momentum:g}), with --stop-gradient and --target-norm on",
-                   file=sys.stderr)
+        tqdm.write(f"warning at step {progress.step:,}: {warning}. {advice}", file=sys.stderr)
     return {name: round(value, 5) for name, value in found.items()}
 
 
