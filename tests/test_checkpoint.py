@@ -12,20 +12,10 @@ import torch
 
 import checkpoint
 import train
-from config import UsageError, from_preset
+from config import UsageError
+from test_train import few_shapes, tiny  # noqa: F401 (the fixture works by being here)
 
 ROOT = pathlib.Path(__file__).parents[1]
-
-
-@pytest.fixture(autouse=True)
-def few_shapes(monkeypatch):
-    monkeypatch.setattr("shapes.COUNT", {"train": 64, "test": 64})
-    monkeypatch.setattr("shapes.make.__defaults__", (64,))
-
-
-def tiny(out, **changes):
-    return from_preset("shapes", **{"encoder": "16x1x2", "predictor": "8x1x2", "batch_size": 16, "epochs": 3, "device": "cpu",
-                                    "out": str(out), **changes})
 
 
 def test_a_file_that_could_not_be_written_leaves_the_old_one_and_no_rubbish(tmp_path):
