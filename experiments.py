@@ -62,7 +62,9 @@ def trained(name, flags):
     folder = FOLDER / name
     if not (folder / "checkpoint.pt").exists():
         train.main([*flags, "--out", str(folder)])
-    elif checkpoint.load_checkpoint(folder, "cpu")["progress"]["step"] < checkpoint.load_checkpoint(folder, "cpu")["progress"]["total"]:
+        return folder
+    progress = checkpoint.load_checkpoint(folder, "cpu")["progress"]
+    if progress["step"] < progress["total"]:
         train.main(["--out", str(folder), "--resume"])
     return folder
 

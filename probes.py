@@ -250,8 +250,8 @@ def layer_groups(classifier, lr, decay, weight_decay):
 def train_head(model, groups, batches, labels, epochs, lr, smoothing, seed, description=""):
     """Train a classifier in place: AdamW, a tenth of the steps warming up, then half a cosine; cross-entropy with label smoothing.
 
-    groups: parameters, each group with its `scale` of the rate; batches(order, generator) yields inputs for the image numbers `order`;
-    labels int64 [n] on the model's device.
+    groups: parameters, each group with its `scale` of the rate; batches(order, size, generator) yields the inputs of the image numbers
+    `order`, `size` at a time; labels int64 [n] on the model's device.
     """
     generator = torch.Generator(labels.device).manual_seed(seed)
     optimizer, size = torch.optim.AdamW(groups, lr=lr), 128

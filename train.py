@@ -315,7 +315,7 @@ def open_folder(config):
 
 
 def train(config, resume=False, override=False):
-    """Pretrain as the Config says and fill its run folder; returns the IJEPA. Ctrl-C or SIGTERM: saves, says how to
+    """Pretrain as the Config says and fill its run folder; returns the model. Ctrl-C or SIGTERM: saves, says how to
     go on, and exits with 130.
 
     Raises UsageError where settings, data and folder do not go together.
