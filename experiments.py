@@ -72,25 +72,27 @@ def trained(name, flags):
 def score(folder, seed, finetune=0, random=False):
     """What the features of a run are worth, a dict of fractions: linear, knn, low-shot at 1% and 10% of the labels, fine_tuned if asked.
 
-    Kept in the run's score.json (random_score.json for its untrained encoder) and read from there the next time.
+    Kept in the run's score.json (random_score.json for its untrained encoder); the next time only what is not yet there is measured.
     """
     path = folder / ("random_score.json" if random else "score.json")
-    if path.exists():
-        return json.loads(path.read_text())
+    found = json.loads(path.read_text()) if path.exists() else {}
+    if "linear" in found and ("fine_tuned" in found or not finetune):
+        return found
     device = train.pick_device("auto")
     model, run, about = checkpoint.load_run(folder, device)
     encoder = evaluate.random_encoder(run, about, device, seed) if random else model.target_encoder
     full, test = (data.load(run.dataset, split, run.data_dir, run.image_size) for split in ("train", "test"))
     few = evaluate.subsample(full, 10000, seed)
-    x, test_x = (evaluate.features(encoder, part, run.image_size, device) for part in (few, test))
-    per_class = full.labels.bincount().min().item()
-    shots = probes.low_shot(x, few.labels, test_x, test.labels, (per_class // 100, per_class // 10))
-    found = {
-        "linear": probes.linear_probe(x, few.labels, test_x, test.labels, seed)["accuracy"],
-        "knn": diagnostics.knn(x, few.labels, test_x, test.labels),
-        "1%": shots["mean"][0], "10%": shots["mean"][1],
-        "seconds": about["progress"]["seconds"], "steps": about["progress"]["step"], "command": config.command(run),
-    }
+    if "linear" not in found:
+        x, test_x = (evaluate.features(encoder, part, run.image_size, device) for part in (few, test))
+        per_class = full.labels.bincount().min().item()
+        shots = probes.low_shot(x, few.labels, test_x, test.labels, (per_class // 100, per_class // 10))
+        found = {
+            "linear": probes.linear_probe(x, few.labels, test_x, test.labels, seed)["accuracy"],
+            "knn": diagnostics.knn(x, few.labels, test_x, test.labels),
+            "1%": shots["mean"][0], "10%": shots["mean"][1],
+            "seconds": about["progress"]["seconds"], "steps": about["progress"]["step"], "command": config.command(run),
+        }
     if finetune:
         tuned = probes.fine_tune(encoder, few, test, run.image_size, device, finetune, crop_scale=run.crop_scale, flip=run.flip, seed=seed)
         found["fine_tuned"] = tuned["accuracy"]
