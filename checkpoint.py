@@ -6,18 +6,23 @@ a checkpoint from a stranger cannot run code.
 
 import os
 import pathlib
+import sys
+import time
 import zipfile
 from dataclasses import asdict, dataclass
 
 import torch
+from tqdm import tqdm
 
 import config as settings
 import data
 import methods
+import parallel
 from config import UsageError
 
 # Fields that may differ between a run and its continuation: they cannot change its result, or what they name is compared itself.
-FREE_ON_RESUME = ("out", "device", "workers", "checkpoint_minutes", "measurements", "data_dir", "dataset")
+FREE_ON_RESUME = ("out", "device", "workers", "checkpoint_minutes", "measurements", "deterministic", "tensorboard", "wandb", "data_dir",
+                  "dataset")
 
 
 @dataclass
@@ -72,6 +77,39 @@ def save_checkpoint(folder, config, model, optimizer, generator, progress, about
     write(folder / "encoder.pt", lambda path: torch.save(encoder, path))
 
 
+class Saver:
+    """Saves a run every `checkpoint_minutes`, or more rarely where that would take more than a fiftieth of the time.
+
+    `step`: the optimizer step that checkpoint.pt on disk holds, None where there is none. Of several processes only the first saves.
+    """
+
+    def __init__(self, *run):
+        self.run, self.last, self.cost = run, time.perf_counter(), 0.0
+        self.step = run[5].step or None
+
+    def save(self):
+        """Save now, unless a weight is no number: what is on disk is then better. Raises UsageError where the disk will not take it."""
+        folder, config, model, optimizer, generator, progress, about = self.run
+        if not parallel.first() or not all(p.isfinite().all() for p in model.parameters()):
+            return
+        start = time.perf_counter()
+        save_checkpoint(folder, config, model, optimizer, generator, progress, about)
+        self.step, self.last = progress.step, time.perf_counter()
+        self.cost = self.last - start
+
+    def save_if_due(self):
+        """Save if it is time. A full disk may be put right while the run goes on, so it is only warned of."""
+        _, config, *_, progress, _ = self.run
+        if time.perf_counter() - self.last < max(60 * config.checkpoint_minutes, 50 * self.cost):
+            return
+        try:
+            self.save()
+        except UsageError as error:
+            self.last = time.perf_counter()
+            again = f"tried again in {config.checkpoint_minutes:g} minutes"
+            tqdm.write(f"warning at step {progress.step:,}: {error}; {again}", file=sys.stderr)
+
+
 # --- reading -------------------------------------------------------------------------------------------------------------
 
 
@@ -103,26 +141,24 @@ def load_run(folder, device="cpu"):
 
 
 def resumed_config(arguments):
-    """The Config of the run in --out, with the flags given now.
-
-    Raises UsageError, naming them, for those that would change the result, unless --override is given.
-    """
+    """The Config of the run in --out, with the flags given now in place of its own; `restore` compares the two."""
     stored = load_checkpoint(arguments.out, "cpu")["config"]
-    given = settings.given(arguments)
-    changed = [name for name in given if name not in FREE_ON_RESUME and given[name] != stored[name]]
-    if changed and not arguments.override:
-        raise UsageError(f"cannot resume {arguments.out} with other settings: " + "; ".join(
-            f"--{name.replace('_', '-')} was {stored[name]}, now {given[name]}" for name in changed) + " (--override does it all the same)")
-    return settings.from_dict({**stored, **given})
+    return settings.from_dict({**stored, **settings.given(arguments)})
 
 
-def restore(folder, device, model, optimizer, generator, about, override=False):
+def restore(folder, config, device, model, optimizer, generator, about, override=False):
     """Load checkpoint.pt into what is given and return its Progress.
 
-    Raises UsageError, naming what differs, where data or device is not the run's, unless `override`; and where the weights do not fit.
+    Raises UsageError, naming what differs, where settings, data or device are not the run's, unless `override`; and where the weights
+    do not fit.
     """
     checkpoint = load_checkpoint(folder, device)
-    was = checkpoint["data"]
+    was, settings_then, settings_now = checkpoint["data"], asdict(settings.from_dict(checkpoint["config"])), asdict(config)
+    changed = [name for name, value in settings_now.items() if name not in FREE_ON_RESUME and value != settings_then[name]]
+    if changed and not override:
+        raise UsageError(f"cannot resume {folder} with other settings: " + "; ".join(
+            f"--{name.replace('_', '-')} was {settings_then[name]}, now {settings_now[name]}" for name in changed)
+            + " (--override does it all the same)")
     if was["device"] != device.type and not override:  # another generator draws other crops and masks
         raise UsageError(f"{folder} was trained on {was['device']} and can only go on there, but this is {device.type}; "
                          "use --device, or that machine, or --override")

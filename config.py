@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import difflib
 import math
+import os
 import re
 import shlex
 import sys
@@ -82,10 +83,13 @@ class Config:
     seed: int = setting(0, "seed of initialisation, data order, crops and masks")
     device: str = setting("auto", "auto takes cuda, else mps, else cpu", ("auto", "cpu", "cuda", "mps"))
     precision: str = setting("auto", "auto is bf16 autocast on cuda and fp32 elsewhere", ("auto", "fp32", "bf16"))
+    deterministic: bool = setting(False, "only operations that give the same bits every time, refusing those that cannot; slower on a GPU")
     workers: int = setting(8, "processes that decode an image folder too large for memory")
     max_steps: int = setting(0, "end after this many optimizer steps, schedules fitted to them; 0 is no limit")
     max_minutes: float = setting(0.0, "end after this many minutes, schedules fitted to them; 0 is no limit")
     checkpoint_minutes: float = setting(2.0, "minutes between two checkpoints")
+    tensorboard: bool = setting(False, "log to TensorBoard as well, in the run folder (pip install tensorboard)")
+    wandb: str = setting("", "log to this project of Weights & Biases as well (pip install wandb)")
     out: str = setting("", "run folder; empty is runs/PRESET")
 
 
@@ -250,7 +254,8 @@ def run(main):
     try:
         main()
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")  # set by torchrun
+        print(f"error: {error}" if rank == "0" else f"error in process {rank}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit("interrupted")

@@ -403,7 +403,14 @@ def resize(images, size):
     return F.interpolate(images, size, mode="bilinear", antialias=True)  # [B, C, *size]
 
 
-def crop_boxes(images, scale, generator, aspect=(3 / 4, 4 / 3)):
+def draw(images, count, generator, share=(0, 1)):
+    """`count` uniform numbers an image, float [B, count]. Of several processes each draws for the whole batch and keeps its own rows, so
+    that the numbers do not depend on how many there are; share: (number of this process, how many)."""
+    B, (rank, world) = len(images), share
+    return torch.rand(B * world, count, generator=generator, device=images.device)[rank * B : (rank + 1) * B]
+
+
+def crop_boxes(images, scale, generator, aspect=(3 / 4, 4 / 3), share=(0, 1)):
     """Draw one box an image: its half sides and its centre, float [B, 2] as (x, y) or [B, 3] as (x, y, z).
 
     Coordinates are affine_grid's, where the image reaches from -1 to 1, so that a half side is also the fraction of the
@@ -411,7 +418,7 @@ def crop_boxes(images, scale, generator, aspect=(3 / 4, 4 / 3)):
     `aspect`, the centre uniform. A box longer than the image is clamped to it. Source: torchvision's RandomResizedCrop.
     """
     axes, (height, width) = images.ndim - 2, images.shape[-2:]
-    draws = torch.rand(len(images), 2 + axes, generator=generator, device=images.device)  # area, aspect, place on each axis
+    draws = draw(images, 2 + axes, generator, share)  # [B, 2 + axes]: area, aspect, place on each axis
     area = scale[0] + (scale[1] - scale[0]) * draws[:, 0]  # [B]
     root = (math.log(aspect[0]) + math.log(aspect[1] / aspect[0]) * draws[:, 1]).div(2).exp()  # [B], square root of the aspect
     side = area ** (1 / axes)
@@ -420,13 +427,13 @@ def crop_boxes(images, scale, generator, aspect=(3 / 4, 4 / 3)):
     return half, (1 - half) * (2 * draws[:, 2:] - 1)  # [B, axes]: the centre has 1 - half to either side
 
 
-def random_resized_crop(images, size, scale, generator, aspect=(3 / 4, 4 / 3)):
+def random_resized_crop(images, size, scale, generator, aspect=(3 / 4, 4 / 3), share=(0, 1)):
     """Cut one random box from each float image [B, C, (T,) H, W] and resize it to `size`; `scale` is the range of its area.
 
     Areas are fractions of the image. The generator must live on the images' device. Boxes are as in `crop_boxes`.
     """
     size = sides(images, size)
-    half, centre = crop_boxes(images, scale, generator, aspect)
+    half, centre = crop_boxes(images, scale, generator, aspect, share)
     theta = torch.cat([torch.diag_embed(half), centre.unsqueeze(-1)], dim=-1).to(images.dtype)  # [B, axes, axes + 1]
     # grid_sample reads single points, so it must not shrink: sample at the stored size, then let resize average.
     fine = [max(wanted, stored) for wanted, stored in zip(size, images.shape[2:])]
@@ -436,9 +443,9 @@ def random_resized_crop(images, size, scale, generator, aspect=(3 / 4, 4 / 3)):
     return resize(crops, size)  # [B, C, *size]
 
 
-def random_flip(images, generator):
+def random_flip(images, generator, share=(0, 1)):
     """Mirror the last axis (left and right) of each image [B, C, ..., W] with probability one half."""
-    mirrored = torch.rand(len(images), generator=generator, device=images.device) < 0.5  # [B]
+    mirrored = draw(images, 1, generator, share)[:, 0] < 0.5  # [B]
     return torch.where(mirrored.view(-1, *(1,) * (images.ndim - 1)), images.flip(-1), images)
 
 
@@ -464,13 +471,15 @@ def uint8_batches(images, batch_size, order, device, workers):
         raise UsageError(str(error).strip().splitlines()[-1].removeprefix("config.UsageError: ")) from None
 
 
-def batches(dataset, batch_size, image_size, device="cpu", order=None, generator=None, crop_scale=(1.0, 1.0), flip=False, workers=0):
+def batches(dataset, batch_size, image_size, device="cpu", order=None, generator=None, crop_scale=(1.0, 1.0), flip=False, workers=0,
+            share=(0, 1)):
     """Iterate over normalised float32 images [B, C, H, W] (or [B, C, T, H, W]) on the device; the last batch may be short.
 
     `order`: image numbers, int64 [k] (None: all, in order). `image_size`: pixels, one number or one an axis.
     Without a generator (on `device`) nothing is random: images are only resized. With one, each image is cropped to an
     area in `crop_scale` (fractions; (1, 1) does not crop) and, with `flip`, half are mirrored. `workers`: processes that
-    decode a LazyFolder. Raises UsageError for an impossible crop_scale, and where a file cannot be decoded.
+    decode a LazyFolder. `share`: as in `draw`; `order` and `batch_size` are then this process's own.
+    Raises UsageError for an impossible crop_scale, and where a file cannot be decoded.
     """
     if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
         raise UsageError(f"crop_scale is {tuple(crop_scale)}, expected two fractions of the image's area, 0 < least <= most <= 1")
@@ -478,5 +487,6 @@ def batches(dataset, batch_size, image_size, device="cpu", order=None, generator
     cropping = generator is not None and tuple(crop_scale) != (1.0, 1.0)
     for images in uint8_batches(dataset.images, batch_size, order, torch.device(device), workers):
         images = normalise(images.to(device, non_blocking=True), dataset.mean, dataset.std)  # [B, C, H, W], stored size
-        images = random_resized_crop(images, image_size, crop_scale, generator) if cropping else resize(images, image_size)
-        yield random_flip(images, generator) if generator is not None and flip else images
+        images = (random_resized_crop(images, image_size, crop_scale, generator, share=share) if cropping
+                  else resize(images, image_size))
+        yield random_flip(images, generator, share) if generator is not None and flip else images

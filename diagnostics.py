@@ -181,3 +181,44 @@ class Monitor:
         new = {kind: text for kind, text in warnings(found, self.first, progress).items() if kind not in self.said}
         self.said |= set(new)
         return found, list(new.values())
+
+
+# ---- what went wrong
+
+
+def origin(model, forward, batches, generator):
+    """In words, where the passes over `batches` first meet a number that is not finite: data, weights, a part's output, loss, gradient.
+
+    `forward` is the model or what calls it; `generator` is as it was before those passes.
+    """
+    parts = {name.replace("_", " "): part for name, part in model.named_children() if isinstance(part, torch.nn.Module)}
+    if getattr(model, "target_encoder", None) is model.context_encoder:
+        parts.pop("target encoder", None)
+    for name, part in parts.items():
+        if not all(p.isfinite().all() for p in part.parameters()):
+            return f"the weights of the {name}"
+    found = []
+
+    def watch(name):
+        return lambda part, inputs, output: found.append(name) if not output.isfinite().all() else None
+
+    hooks = [part.register_forward_hook(watch(name)) for name, part in parts.items()]
+    try:
+        for batch in batches:
+            if not batch[0].isfinite().all():
+                return "the data, before any network saw it"
+            model.zero_grad()
+            loss = forward(*batch, generator=generator).loss
+            if found:
+                return f"the {found[0]}"
+            if not loss.isfinite():
+                return "the loss"
+            loss.backward()
+            for name, part in reversed(parts.items()):
+                if not all(p.grad.isfinite().all() for p in part.parameters() if p.grad is not None):
+                    return f"the gradient of the {name}"
+    finally:
+        model.zero_grad()
+        for hook in hooks:
+            hook.remove()
+    return "the sum of several passes, each of which is finite by itself"

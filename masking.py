@@ -35,6 +35,11 @@ class Masks:
         """The same masks on another device."""
         return Masks(*(None if part is None else part.to(device) for part in vars(self).values()))
 
+    def share(self, rank, world):
+        """The masks of one process's images: part number `rank` of `world` equal parts of the batch."""
+        rows = slice(rank * len(self.context) // world, (rank + 1) * len(self.context) // world)
+        return Masks(*(None if part is None else part[rows] for part in vars(self).values()))
+
     def valid(self):
         """context_valid [B, Nc] and targets_valid [B, M, Nt], bool, with None written out as all True."""
         context = torch.ones_like(self.context, dtype=torch.bool) if self.context_valid is None else self.context_valid

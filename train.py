@@ -6,14 +6,12 @@ long. A run folder holds config.json, metrics.csv, checkpoint.pt (all that is ne
 """
 
 import contextlib
-import csv
 import itertools
 import json
 import math
+import os
 import pathlib
-import signal
 import sys
-import threading
 import time
 from dataclasses import asdict
 
@@ -24,8 +22,10 @@ import config as settings
 import data
 import diagnostics
 import methods
-from checkpoint import Progress, restore, resumed_config, save_checkpoint, write
+import parallel
+from checkpoint import Progress, Saver, restore, resumed_config, write
 from config import UsageError
+from logs import Metrics, StopSignals, duration
 
 # --- schedules: functions of the optimizer step ------------------------------------------------------------------------
 
@@ -100,6 +100,8 @@ def train_step(config, model, optimizer, batches, step, total, generator):
     grad_norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
     if config.clip_grad:
         torch.nn.utils.clip_grads_with_norm_(trained, config.clip_grad, grad_norm)
+    # Where loss or gradient is no number, the fused step leaves the weights as they are; the host need not wait to know.
+    optimizer.found_inf = (~(loss + grad_norm).isfinite()).float()
     optimizer.step()
     model.update_target(values["momentum"])  # after the optimizer: the target follows the weights just learned
     return {"loss": loss, **values, "grad_norm": grad_norm}
@@ -119,18 +121,20 @@ def image_stream(config, dataset, device, generator, start):
     """Endless batches (normalised images float [B, C, H, W],), for supervision (images, labels), from forward pass number `start` on.
 
     A new shuffle every epoch, whole batches only, none of the images held out. The order of an epoch depends on the seed and the epoch
-    alone, so a run can be taken up in its middle.
+    alone, so a run can be taken up in its middle. Of several processes each gets its part of every batch.
     """
     kept, _ = hold_out(config, len(dataset))
-    per_epoch = len(kept) // config.batch_size
+    per_epoch, (rank, world) = len(kept) // config.batch_size, parallel.place()
+    mine = config.batch_size // world
     for epoch in itertools.count(start // per_epoch):
         shuffle = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
         order = kept[torch.randperm(len(kept), generator=shuffle)][: per_epoch * config.batch_size]
         if epoch == start // per_epoch:
             order = order[start % per_epoch * config.batch_size:]
-        batches = data.batches(dataset, config.batch_size, config.image_size, device, order, generator, config.crop_scale,
-                               config.flip, config.workers)
-        for images, numbers in zip(batches, order.split(config.batch_size)):
+        order = order.view(-1, world, mine)[:, rank].flatten()  # [batches * mine]
+        batches = data.batches(dataset, mine, config.image_size, device, order, generator, config.crop_scale, config.flip,
+                               config.workers, (rank, world))
+        for images, numbers in zip(batches, order.split(mine)):
             yield (images, dataset.labels[numbers].to(device)) if config.method == "supervised" else (images,)
 
 
@@ -163,10 +167,15 @@ def pick_device(name):
     """torch.device of 'auto', 'cpu', 'cuda' or 'mps'. Raises UsageError where this machine does not have it."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        return torch.device(next(device for device, found in there.items() if found))
+        name = next(device for device, found in there.items() if found)
     if not there[name]:
         raise UsageError(f"--device {name}: this machine has no {name}; it has {', '.join(d for d in there if there[d])}")
-    return torch.device(name)
+    if name != "cuda" or int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return torch.device(name)
+    if parallel.local() >= torch.cuda.device_count():
+        raise UsageError(f"torchrun started process {parallel.local() + 1} of this machine, which has {torch.cuda.device_count()} GPUs; "
+                         "lower --nproc_per_node, or use --device cpu")
+    return torch.device("cuda", parallel.local())
 
 
 def describe(dataset):
@@ -200,11 +209,6 @@ def time_step(config, model, dataset, device):
     return seconds * config.accumulation
 
 
-def duration(seconds):
-    """Seconds in words: '45 s', '4.6 min', '3.4 h'."""
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-
 def announce(config, model, dataset, device, progress, seconds_per_step):
     """Print what is about to happen: device, images, parameters, steps, expected time."""
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
@@ -220,49 +224,6 @@ def announce(config, model, dataset, device, progress, seconds_per_step):
         f"{progress.total - progress.step:,} steps of {images} images "
         f"({(progress.total - progress.step) * images / kept:.1f} epochs) on {where} · "
         f"about {duration((progress.total - progress.step) * seconds_per_step)} · {config.out}", flush=True)
-
-
-class StopSignals:
-    """Within `with`, Ctrl-C and SIGTERM only set `.stop`, so that the step under way is finished before the run is saved."""
-
-    def __enter__(self):
-        self.stop, self.previous = False, {}
-        if threading.current_thread() is threading.main_thread():  # Python allows signal handlers there only
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.previous[number] = signal.signal(number, self._request)
-        return self
-
-    def _request(self, number, frame):
-        if self.stop:  # asked twice: at once
-            raise KeyboardInterrupt
-        self.stop = True
-
-    def __exit__(self, *error):
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-
-class Metrics:
-    """Appends rows to metrics.csv; on resume, rows after the checkpoint's step are dropped, for they will be written again.
-
-    What a row lacks stays empty: the measures of the features are taken more rarely than the loss.
-    """
-
-    COLUMNS = ("step", "epoch", "loss", "lr", "weight_decay", "momentum", "grad_norm", *diagnostics.MEASURES,
-               "images_per_second", "seconds")
-
-    def __init__(self, path, after):
-        old = list(csv.DictReader(open(path))) if path.exists() else []
-        # What was measured before the first step, to compare with; None where nothing was.
-        self.first = {name: float(old[0][name]) for name in diagnostics.MEASURES if old[0].get(name)} if old else None
-        self.file = open(path, "w", newline="")
-        self.writer = csv.DictWriter(self.file, self.COLUMNS)
-        self.writer.writeheader()
-        self.writer.writerows(row for row in old if int(row["step"]) <= after)
-
-    def append(self, row):
-        self.writer.writerow(row)
-        self.file.flush()
 
 
 def look(config, watch, model, progress):
@@ -285,7 +246,9 @@ def set_up(config, resume, override):
     if config.dataset in data.NAMES:  # three channels, two axes
         with torch.device("meta"):
             methods.build(config, classes=1)  # refuses sizes and masks that cannot be, before the data is read
-    dataset = data.load(config.dataset, config.split, config.data_dir, config.image_size)
+    if config.batch_size % parallel.place()[1]:
+        raise UsageError(f"--batch-size is {config.batch_size}: {parallel.place()[1]} processes share each batch, so it must be a multiple")
+    dataset = parallel.load(config.dataset, config.split, config.data_dir, config.image_size)
     kept, held = map(len, hold_out(config, len(dataset)))
     if kept < config.batch_size * config.accumulation:
         raise UsageError(f"{dataset.name} has {kept} images to train on ({held} are held out), fewer than one step's "
@@ -297,7 +260,7 @@ def set_up(config, resume, override):
     model = methods.build(config, about["channels"], about["axes"], about["classes"]).to(device).train()
     optimizer = build_optimizer(config, model)
     generator = torch.Generator(device).manual_seed(config.seed)  # crops and masks
-    progress = restore(folder, device, model, optimizer, generator, about, override) if resume else Progress()
+    progress = restore(folder, config, device, model, optimizer, generator, about, override) if resume else Progress()
     if device.type == "cuda" and isinstance(dataset.images, torch.Tensor) and dataset.images.nbytes < torch.cuda.mem_get_info()[0] / 4:
         dataset.images = dataset.images.to(device)  # an epoch then copies nothing
     return dataset, model, optimizer, generator, about, progress
@@ -306,6 +269,8 @@ def set_up(config, resume, override):
 def open_folder(config):
     """Make the run folder and write config.json into it. Raises UsageError where that cannot be."""
     folder = pathlib.Path(config.out)
+    if not parallel.first():
+        return folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write(folder / "config.json", lambda path: path.write_text(json.dumps(asdict(config), indent=2)))
@@ -314,74 +279,113 @@ def open_folder(config):
     return folder
 
 
+def plan(config, progress, n, seconds_per_step):
+    """How many optimizer steps a run over n images has: its epochs, or less where --max-steps or --max-minutes says so."""
+    planned = config.epochs * (n // (config.batch_size * config.accumulation))
+    planned = min(planned, config.max_steps or planned)
+    affordable = max(1, int(config.max_minutes * 60 / seconds_per_step)) if config.max_minutes else planned
+    return planned, progress.total or min(planned, affordable)
+
+
+def refuse(config, saver, where, values, step):
+    """Raise the UsageError of a step whose gradient is no number: where that arose, what is kept, and what to try."""
+    folder = config.out
+    kept = (f"{folder} keeps the weights of step {saver.step:,}: go on from them with --resume --override and" if saver.step is not None
+            else "nothing was saved yet: start again with")
+    raise UsageError(f"at step {step:,} the loss is {values['loss']:g} and the gradient {values['grad_norm']:g}; it arose in {where}; "
+                     f"{kept} a lower --lr (now {config.lr:g}) or --clip-grad 1")
+
+
+@contextlib.contextmanager
+def determinism(wanted):
+    """Within `with`, and if wanted, operations that do not give the same bits every time are replaced or refused."""
+    was = torch.are_deterministic_algorithms_enabled()
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(was)
+
+
 def train(config, resume=False, override=False):
     """Pretrain as the Config says and fill its run folder; returns the model. Ctrl-C or SIGTERM: saves, says how to
     go on, and exits with 130.
 
-    Raises UsageError where settings, data and folder do not go together.
+    Raises UsageError where settings, data and folder do not go together, and where the loss or a gradient is no number.
     """
     config.out = config.out or f"runs/{config.preset}"
-    dataset, model, optimizer, generator, about, progress = set_up(config, resume, override)
-    device, images_per_step = generator.device, config.batch_size * config.accumulation
-    seconds_per_step = time_step(config, model, dataset, device)
-    folder = open_folder(config)
+    with determinism(config.deterministic), parallel.team(pick_device(config.device)):
+        return fit(config, *set_up(config, resume, override))
 
-    watch = monitor(config, dataset, device)
+
+def fit(config, dataset, model, optimizer, generator, about, progress):
+    """The loop of `train` over what `set_up` gave."""
+    device, images_per_step, first = generator.device, config.batch_size * config.accumulation, parallel.first()
+    seconds_per_step = parallel.from_first(time_step(config, model, dataset, device))
+    folder = open_folder(config)
+    watch = monitor(config, dataset, device) if first else None
     per_epoch = len(hold_out(config, len(dataset))[0])
-    planned = config.epochs * (per_epoch // images_per_step)
-    planned = min(planned, config.max_steps or planned)
-    budget = config.max_minutes * 60 or math.inf  # seconds
-    progress.total = progress.total or min(planned, max(1, int(budget / seconds_per_step)) if config.max_minutes else planned)
-    announce(config, model, dataset, device, progress, seconds_per_step)
-    stream = image_stream(config, dataset, device, generator, progress.step * config.accumulation)
-    metrics = Metrics(folder / "metrics.csv", progress.step)
+    planned, progress.total = plan(config, progress, per_epoch, seconds_per_step)
+    if first:
+        announce(config, model, dataset, device, progress, seconds_per_step)
+    metrics = Metrics(config, folder, progress.step) if first else None
     if watch:
         watch.first = metrics.first
-    before, first, clock = progress.seconds, progress.step, time.perf_counter()
-    last_save = clock
+    learner = parallel.wrap(model)
+    stream = image_stream(config, dataset, device, generator, progress.step * config.accumulation)
+    before, began, clock = progress.seconds, progress.step, time.perf_counter()
+    saver = Saver(folder, config, model, optimizer, generator, progress, about)
 
     def due(times):
         """Whether this is one of about `times` steps spread over the run, or its last one."""
         return progress.step % max(progress.total // times, 1) == 0 or progress.step == progress.total
 
     slow = 0.5 if sys.stderr.isatty() else 30  # seconds between two updates of the bar
-    with StopSignals() as signals, tqdm(total=progress.total, initial=progress.step, unit="step", mininterval=slow) as bar:
+    bar = tqdm(total=progress.total, initial=progress.step, unit="step", mininterval=slow, disable=not first)
+    with StopSignals() as signals, bar:
         if watch and progress.step == 0:
             metrics.append({"step": 0, "epoch": 0.0, **look(config, watch, model, progress)})
-        while progress.step < progress.total and not signals.stop:
+        attempt = values = None
+        while progress.step < progress.total and not parallel.any_of(signals.stop):
             batches = list(itertools.islice(stream, config.accumulation))
-            values = train_step(config, model, optimizer, batches, progress.step, progress.total, generator)
+            past, attempt = (attempt, values), (batches, generator.get_state())
+            values = train_step(config, learner, optimizer, batches, progress.step, progress.total, generator)
+            # A GPU is asked about the step before: it has done that one, so nothing waits.
+            tried, result = (attempt, values) if device.type == "cpu" or due(200) else past
+            if tried and not math.isfinite(result["loss"] + result["grad_norm"]):
+                saver.save()  # the weights have not moved
+                generator.set_state(tried[1])
+                where = diagnostics.origin(model, getattr(learner, "module", model), tried[0], generator)
+                refuse(config, saver, where, result, progress.step + (tried is attempt))
             progress.step += 1
             progress.seconds = before + time.perf_counter() - clock
             bar.update()
-            measuring = watch and due(config.measurements)
+            measuring = config.measurements and due(config.measurements)
             if due(200) or measuring:
-                values = {name: float(value) for name, value in values.items()}
-                if not math.isfinite(values["loss"]):
-                    raise UsageError(f"the loss is {values['loss']} at step {progress.step}; lower --lr ({config.lr}) or set --clip-grad 1")
-                if measuring:
-                    values |= look(config, watch, model, progress)
+                values = {**values, "loss": parallel.mean(values["loss"]), "grad_norm": float(values["grad_norm"])}
+                row = {"step": progress.step, "epoch": round(progress.step * images_per_step / per_epoch, 3), **values}
+                if watch and measuring:
+                    row |= look(config, watch, model, progress)
                     progress.seconds = before + time.perf_counter() - clock
-                rate = (progress.step - first) * images_per_step / (progress.seconds - before)
-                metrics.append({"step": progress.step, "epoch": round(progress.step * images_per_step / per_epoch, 3), **values,
-                                "images_per_second": round(rate, 1), "seconds": round(progress.seconds, 1)})
+                rate = (progress.step - began) * images_per_step / (progress.seconds - before)
+                if first:
+                    metrics.append({**row, "images_per_second": round(rate, 1), "seconds": round(progress.seconds, 1)})
                 bar.set_postfix_str(f"loss {values['loss']:.4f}, {rate:.0f} images/s", refresh=False)
                 if config.max_minutes:  # fit what is left of the schedules to what is left of the time
-                    left = (budget - progress.seconds) * rate / images_per_step
-                    bar.total = progress.total = min(planned, progress.step + max(0, int(left)))
-            if time.perf_counter() - last_save > 60 * config.checkpoint_minutes:
-                try:
-                    save_checkpoint(folder, config, model, optimizer, generator, progress, about)
-                except UsageError as error:  # a full disk may be put right while the run goes on
-                    again = f"tried again in {config.checkpoint_minutes:g} minutes"
-                    tqdm.write(f"warning at step {progress.step:,}: {error}; {again}", file=sys.stderr)
-                last_save = time.perf_counter()
-        save_checkpoint(folder, config, model, optimizer, generator, progress, about)
-    metrics.file.close()
+                    left = (config.max_minutes * 60 - progress.seconds) * rate / images_per_step
+                    bar.total = progress.total = parallel.from_first(min(planned, progress.step + max(0, int(left))))
+            saver.save_if_due()
+        saver.save()
+    if first:
+        metrics.close()
     if progress.step < progress.total:
-        print(f"stopped at step {progress.step:,} of {progress.total:,}; go on with: python train.py --out {folder} --resume")
+        if first:
+            print(f"stopped at step {progress.step:,} of {progress.total:,}; go on with: python train.py --out {folder} --resume")
         sys.exit(130)
-    print(f"{progress.step:,} steps in {duration(progress.seconds)}; evaluate with: python evaluate.py {folder}")
+    if first:
+        print(f"{progress.step:,} steps in {duration(progress.seconds)}; evaluate with: python evaluate.py {folder}")
     return model
 
 
@@ -391,6 +395,10 @@ def main(argv=None):
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     parser.add_argument("--override", action="store_true", help="with --resume: go on although settings, data or device are not the run's")
     arguments = parser.parse_args(argv)
+    if parallel.restarted() and not arguments.resume:
+        config = settings.from_arguments(arguments)
+        arguments.out = config.out or f"runs/{config.preset}"
+        arguments.resume = (pathlib.Path(arguments.out) / "checkpoint.pt").exists()
     if arguments.resume:
         if not getattr(arguments, "out", ""):
             raise UsageError("--resume needs --out FOLDER, the run to go on with")

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import pathlib
 import re
@@ -161,10 +162,11 @@ def test_every_epoch_shows_whole_batches_of_different_images_in_a_new_order():
     assert not torch.equal(seen[0], seen[1])
 
 
+@pytest.mark.parametrize("method", ["ijepa", "mae", "supervised"])
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_a_resumed_run_ends_bit_identical_to_an_uninterrupted_one(tmp_path, monkeypatch, accumulation):
+def test_a_resumed_run_ends_bit_identical_to_an_uninterrupted_one(tmp_path, monkeypatch, accumulation, method):
     """Stopped in the middle of an epoch; crops, flips, masks, order, optimizer and schedules must all go on as they were."""
-    changes = dict(crop_scale=(0.5, 1.0), flip=True, batch_size=8, accumulation=accumulation)
+    changes = dict(method=method, crop_scale=(0.5, 1.0), flip=True, batch_size=8, accumulation=accumulation)
     train.train(tiny(tmp_path / "whole", **changes))
     step, calls = train.train_step, []
 
@@ -256,7 +258,7 @@ def test_the_run_folder_and_its_first_line(tmp_path, capsys):
 
 
 def test_every_setting_is_read_by_some_module():
-    sources = "".join((ROOT / name).read_text() for name in ("train.py", "methods.py", "mae.py", "data.py", "evaluate.py"))
+    sources = "".join((ROOT / name).read_text() for name in ("train.py", "methods.py", "mae.py", "logs.py", "checkpoint.py"))
     unread = [name for name in settings.Config.__dataclass_fields__ if not re.search(rf"config\.{name}\b", sources)]
     assert unread == []
 
@@ -305,9 +307,70 @@ def test_wrong_values_get_one_clear_line_and_exit_code_2(tmp_path):
         assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error: ")
 
 
-def test_a_loss_that_is_no_number_ends_the_run_with_a_line_that_says_what_to_try(tmp_path):
-    with pytest.raises(UsageError, match="the loss is nan at step .*; lower --lr"):
+# --- numbers -----------------------------------------------------------------------------------------------------------
+
+
+def test_weights_thrown_off_by_a_huge_rate_end_the_run_with_a_line_that_says_what_to_try(tmp_path):
+    with pytest.raises(UsageError, match="at step [23] the loss is nan and the gradient nan; it arose in the .* encoder; .*lower --lr"):
         train.train(tiny(tmp_path, lr=1e30, optimizer="sgd"))
+
+
+def test_weights_that_are_no_numbers_are_not_saved(tmp_path, monkeypatch):
+    step = train.train_step
+
+    def poisoned(config, model, *rest):
+        model.predictor.mask_token.data.fill_(math.nan)
+        return step(config, model, *rest)
+
+    monkeypatch.setattr(train, "train_step", poisoned)
+    with pytest.raises(UsageError, match="arose in the weights of the predictor; nothing was saved yet: start again with a lower --lr"):
+        train.train(tiny(tmp_path))
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
+SABOTAGE = {  # a number that is none, put in at one place -> what the line says
+    "the data": lambda model, batch: batch[0][1, 0, 5].fill_(math.inf),
+    "the context encoder": lambda model, batch: model.context_encoder.blocks[0].register_forward_hook(lambda *_: _[2] * math.nan),
+    "the target encoder": lambda model, batch: model.target_encoder.blocks[0].register_forward_hook(lambda *_: _[2] * math.nan),
+    "the predictor": lambda model, batch: model.predictor.project.register_forward_hook(lambda *_: _[2] + math.inf),
+    "the gradient of the predictor": lambda model, batch: model.predictor.embed.weight.register_hook(lambda gradient: gradient * math.inf),
+    "the gradient of the context encoder": lambda model, batch: model.context_encoder.norm.weight.register_hook(lambda g: g * math.nan),
+}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("where", SABOTAGE)
+def test_a_number_that_is_none_is_traced_to_where_it_arose_and_the_state_before_is_kept(tmp_path, monkeypatch, where, optimizer):
+    step, calls, before = train.train_step, [], {}
+
+    def sabotaged(config, model, optimizer, batches, *rest):
+        if len(calls) == 8:
+            before.update({name: p.clone() for name, p in model.named_parameters() if p.requires_grad})
+            SABOTAGE[where](model, batches[0])
+        calls.append(1)
+        return step(config, model, optimizer, batches, *rest)
+
+    monkeypatch.setattr(train, "train_step", sabotaged)
+    with pytest.raises(UsageError, match=f"at step 9 .*it arose in {where}[;,].* keeps the weights of step 8"):
+        train.train(tiny(tmp_path, max_steps=12, optimizer=optimizer))
+    kept = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert kept["progress"]["step"] == 8 and all(p.isfinite().all() for p in kept["model"].values())
+    assert all(torch.equal(kept["model"][name], p) for name, p in before.items())
+    assert all(state["step"] == 8 for state in kept["optimizer"]["state"].values() if "step" in state)
+    monkeypatch.setattr(train, "train_step", step)
+    train.main(["--out", str(tmp_path), "--resume"])  # whatever it was is gone: the run goes on
+    assert int(rows(tmp_path)[-1]["step"]) == 12
+
+
+def test_deterministic_refuses_what_is_not_and_is_over_with_the_run(tmp_path, monkeypatch):
+    seen = []
+    step = train.train_step
+    monkeypatch.setattr(train, "train_step", lambda *a: seen.append(torch.are_deterministic_algorithms_enabled()) or step(*a))
+    train.train(tiny(tmp_path / "a", max_steps=2, deterministic=True))
+    train.train(tiny(tmp_path / "b", max_steps=2))
+    assert seen == [True, True, False, False] and not torch.are_deterministic_algorithms_enabled()
+    a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
+    assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_a_second_run_does_not_overwrite_the_first(tmp_path):
