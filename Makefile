@@ -23,6 +23,10 @@ export OMP_WAIT_POLICY := PASSIVE
 	$(RUN) -m pip install --quiet -r requirements.txt -c constraints.txt
 	@touch $@
 
+.venv/tested: .venv/ready requirements-test.txt
+	$(RUN) -m pip install --quiet -r requirements-test.txt -c constraints.txt
+	@touch $@
+
 demo: .venv/ready
 	@rm -rf runs/demo
 	$(RUN) train.py --out runs/demo
@@ -30,7 +34,7 @@ demo: .venv/ready
 	$(RUN) predict_and_visualize.py runs/demo
 	@echo; echo "All of it lies in runs/demo: metrics.csv, encoder.pt, evaluation.json, and the figures named above."
 
-test: .venv/ready
+test: .venv/tested
 	$(RUN) -m pytest tests
 
 notebooks: .venv/ready

@@ -3,6 +3,7 @@
     python evaluate.py RUN                  prints the tables and writes RUN/evaluation.json
     python evaluate.py RUN1 RUN2 RUN3       the same for each, and their mean and standard deviation
     python evaluate.py RUN --compare OTHER  how alike two encoders are
+    python evaluate.py --pretrained NAME_OR_PATH --dataset stl10     the same protocol for an encoder that was not trained here
 
 The features are the average of the patch tokens (appendix A.2); nothing here changes a weight of the encoder. Everything that
 is tuned is tuned on part of the training images; the test images are looked at once. `n` images, `L` layers, `D` features.
@@ -22,6 +23,7 @@ import time
 from pathlib import Path
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 import checkpoint
@@ -29,6 +31,8 @@ import config
 import data
 import diagnostics
 import methods
+import models
+import pretrained
 import probes
 import train
 
@@ -38,13 +42,19 @@ PIXEL_SIDE = {4: 32, 5: 16}  # larger images (volumes) are shrunk to this for th
 
 # ---- features ----
 
+
+def at_once(image_size):
+    """Images in a batch: 512, and fewer above 96 pixels, so that what a huge encoder computes on the way fits in memory."""
+    return max(1, min(512, 512 * 96**2 // image_size**2))
+
+
 @torch.no_grad()
-def features(encoder, dataset, image_size, device, batch_size=512, layers=None):
+def features(encoder, dataset, image_size, device, batch_size=None, layers=None):
     """Average of the patch tokens of every image, float32 [n, D] on the CPU, the encoder's mode left as found (appendix A.2).
 
     With layers=L those of the last L blocks (or as many as there are), [n, L, D].
     """
-    was_training = encoder.training
+    was_training, batch_size = encoder.training, batch_size or at_once(image_size)
     encoder.eval()
     pooled, total = [], -(-len(dataset) // batch_size)
     try:
@@ -57,9 +67,9 @@ def features(encoder, dataset, image_size, device, batch_size=512, layers=None):
 
 
 @torch.no_grad()
-def patch_tokens(encoder, dataset, image_size, device, batch_size=512):
+def patch_tokens(encoder, dataset, image_size, device):
     """Every image's patch tokens, float16 [n, N, D] on the device: what an attentive probe reads."""
-    return torch.cat([encoder(images).half() for images in data.batches(dataset, batch_size, image_size, device)])
+    return torch.cat([encoder(images).half() for images in data.batches(dataset, at_once(image_size), image_size, device)])
 
 
 def pixels(dataset, image_size):
@@ -78,7 +88,9 @@ def fingerprint(encoder):
 
 def cached_features(folder, encoder, dataset, image_size, device, layers=4):
     """`features` of the last layers [n, L, D], kept in folder/features for the next call with the same weights and the same images."""
-    path = folder / "features" / f"{dataset.name}-{len(dataset)}-{dataset.fingerprint()}-{image_size}-{fingerprint(encoder)}.pt"
+    statistics = hashlib.sha256(repr((dataset.mean, dataset.std)).encode()).hexdigest()[:8]
+    name = f"{dataset.name}-{len(dataset)}-{dataset.fingerprint()}-{image_size}-{statistics}-{fingerprint(encoder)}"
+    path = folder / "features" / f"{name}.pt"
     if path.exists():
         return torch.load(path, weights_only=True)
     found = features(encoder, dataset, image_size, device, layers=layers)
@@ -220,7 +232,10 @@ def random_encoder(run_config, about, device, seed):
 def arguments(argv):
     """The command line as a namespace."""
     parser = config.Parser(prog="evaluate.py", description="Probes of a pretrained encoder's frozen features, beside its baselines.")
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders that train.py wrote")
+    parser.add_argument("runs", type=Path, nargs="*", metavar="RUN", help="run folders that train.py wrote")
+    parser.add_argument("--pretrained", metavar="NAME_OR_PATH", help="instead of runs: a .pth.tar of the official code, a Hugging Face "
+                        f"folder, a run's encoder.pt, or, downloaded once (10 to 17 GB), one of {', '.join(pretrained.OFFICIAL)}")
+    parser.add_argument("--out", type=Path, help="folder of what --pretrained finds (default runs/NAME-on-DATASET)")
     parser.add_argument("--train-images", type=int, default=10000, help="labelled training images; 0 is all (default 10000)")
     parser.add_argument("--test-images", type=int, default=0, help="test images; 0 is all (default 0)")
     parser.add_argument("--attentive", type=int, default=0, metavar="EPOCHS", help="also train an attentive probe so long (default 0)")
@@ -233,6 +248,12 @@ def arguments(argv):
     parser.add_argument("--dataset", help="labelled data with a train and a test split, where it is not what the run was trained on")
     parser.add_argument("--data-dir", help="folder of the data, where it is not the one the run was trained from")
     args = parser.parse_args(argv)
+    if bool(args.runs) == bool(args.pretrained):
+        raise config.UsageError("name run folders, or one encoder with --pretrained (--help lists what there is)")
+    if args.pretrained and (args.compare or not args.dataset):
+        raise config.UsageError("--pretrained needs --dataset, labelled data with a train and a test split, and does not go with --compare")
+    if args.out and not args.pretrained:
+        raise config.UsageError("--out is for --pretrained; what is found of a run goes to its folder")
     if min(args.train_images, args.test_images, args.attentive, args.finetune) < 0:
         raise config.UsageError("--train-images and --test-images must be 0 (all) or more, --attentive and --finetune 0 or more epochs")
     if not 0 < args.layer_decay <= 1 or not 0 <= args.smoothing < 1:
@@ -240,12 +261,10 @@ def arguments(argv):
     return args
 
 
-def provenance(run_config, about, device, argv):
-    """What every results file says of where its numbers come from: configuration, commands, training, hardware, date."""
+def provenance(commands, device, argv):
+    """What every results file says of where its numbers come from: `commands` before this one, this one, hardware, date."""
     return {
-        "config": dataclasses.asdict(run_config),
-        "commands": [config.command(run_config), "python evaluate.py " + shlex.join(sys.argv[1:] if argv is None else map(str, argv))],
-        "training": about["progress"],
+        "commands": [*commands, "python evaluate.py " + shlex.join(sys.argv[1:] if argv is None else map(str, argv))],
         "hardware": {"processor": platform.processor() or platform.machine(), "cpus": os.cpu_count(), "torch": torch.__version__,
                      "gpu": torch.cuda.get_device_name() if device.type == "cuda" else None},
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -273,7 +292,7 @@ def trained_heads(args, model, random, train_set, test_set, size, device, run_co
 def measure(model, dataset, seed, device):
     """The measures of collapse on up to 512 images of an ImageDataset, and what they warn of: two keys of evaluation.json, as a dict."""
     chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:512]
-    images = torch.cat(list(data.batches(dataset.subset(chosen), 128, model.context_encoder.image_size, device)))
+    images = torch.cat(list(data.batches(dataset.subset(chosen), 128, model.target_encoder.image_size, device)))
     found = diagnostics.measure(model, images)
     return {"measures": found, "warnings": list(diagnostics.warnings(found, found, 1.0).values())}
 
@@ -300,30 +319,77 @@ def evaluate_run(folder, args, argv=None):
         dataset = full if run_config.split == "train" else data.load(name, run_config.split, *where)
         results = measure_unlabelled(dataset, model, run_config, args)
     else:
-        results = measure_labelled(folder, model, run_config, about, full, data.load(name, "test", *where), args, device)
-    results |= provenance(run_config, about, device, argv)
+        test_set = data.load(name, "test", *where)
+        check_data(name, full, test_set, about["channels"], about["axes"])
+        random = random_encoder(run_config, about, device, args.seed)
+        results = measure_labelled(folder, model, random, run_config, full, test_set, args, device)
+    results |= {"config": dataclasses.asdict(run_config), "training": about["progress"],
+                **provenance([config.command(run_config)], device, argv)}
+    return write_results(folder, results, start)
+
+
+def evaluate_pretrained(args, argv=None):
+    """Evaluate an encoder that was not trained here as the command line says, on images of its size with its statistics: print the
+    tables, write and return what evaluation.json holds. There is no context encoder among the rows."""
+    start, device = time.perf_counter(), train.pick_device(args.device)
+    data_dir = args.data_dir or "data"
+    found = pretrained.load(args.pretrained, data_dir)
+    # Of a run's settings only these are read; fine-tuning crops as the official code does.
+    size = found.shape["image_size"]
+    settings = config.Config(dataset=args.dataset, image_size=size, crop_scale=(0.3, 1.0))
+    full, test_set = (data.load(args.dataset, split, data_dir, size) for split in ("train", "test"))
+    check_data(args.dataset, full, test_set, found.shape["channels"], len(found.encoder.image_size))
+    if found.mean is not None:
+        full, test_set = (dataclasses.replace(dataset, mean=found.mean, std=found.std) for dataset in (full, test_set))
+    with torch.random.fork_rng():
+        torch.manual_seed(args.seed)
+        random = models.Encoder(**found.shape).to(device)
+    folder = args.out or default_folder(args)
+    folder.mkdir(parents=True, exist_ok=True)
+    model = nn.ModuleDict({"target_encoder": found.encoder.to(device)})
+    results = measure_labelled(folder, model, random, settings, full, test_set, args, device)
+    results |= {"pretrained": {"source": args.pretrained, "kind": found.kind, **found.shape, "mean": full.mean, "std": full.std},
+                **provenance([], device, argv)}
+    return write_results(folder, results, start)
+
+
+def default_folder(args):
+    """Where what --pretrained finds is written when --out names no place: runs/NAME-on-DATASET."""
+    path = Path(args.pretrained).resolve()
+    name = path.parent.name + "-encoder" if path.name == "encoder.pt" else path.name.removesuffix(".pth.tar")
+    return Path("runs") / f"{name}-on-{Path(args.dataset).stem}"
+
+
+def write_results(folder, results, start):
+    """Write evaluation.json with the seconds since `start`, and return what it holds."""
     results["seconds"] = {"total": time.perf_counter() - start, **results.pop("seconds", {})}
     text = re.sub(r"\[[^\[\]{}]*\]", lambda numbers: " ".join(numbers[0].split()), json.dumps(results, indent=2))  # a list on one line
     checkpoint.write(folder / "evaluation.json", lambda path: Path(path).write_text(text))
     return results
 
 
-def measure_labelled(folder, model, run_config, about, full, test_set, args, device):
-    """Every probe of a run that the command line asks for, on a data set's train split (`full`) and test split: print the tables, and
-    return them ready for evaluation.json."""
-    size, name = run_config.image_size, args.dataset or run_config.dataset
+def check_data(name, full, test_set, channels, axes):
+    """Refuse data without labels, and images that the encoder cannot take."""
     if full.labels is None or test_set.labels is None:
         raise config.UsageError(f"evaluation needs labels, and {name} has none; name labelled data with --dataset")
-    if full.images.shape[1] != about["channels"]:
-        raise config.UsageError(f"{name} has {full.images.shape[1]} channels, the run's encoder takes {about['channels']}")
+    if full.images.shape[1] != channels:
+        raise config.UsageError(f"{name} has {full.images.shape[1]} channels, the encoder takes {channels}")
+    if len(full.images.shape) - 2 != axes:
+        raise config.UsageError(f"{name} has images of {len(full.images.shape) - 2} axes, the encoder takes {axes}")
+
+
+def measure_labelled(folder, model, random, run_config, full, test_set, args, device):
+    """Every probe that the command line asks for of a model and an untrained encoder like its own, on a data set's train split (`full`)
+    and test split: print the tables, and return them ready for evaluation.json."""
+    size, name = run_config.image_size, args.dataset or run_config.dataset
     train_set, test_set = subsample(full, args.train_images, args.seed), subsample(test_set, args.test_images, args.seed)
     per_class = full.labels.bincount()[full.labels.unique()].min().item()
     counts = sorted({*probes.LOW_SHOT, *(count for count in (per_class // 100, per_class // 10) if count > 1)})  # 1% and 10% of the labels
-    random = random_encoder(run_config, about, device, args.seed)
-    encoders = {"target": model.target_encoder, "context": model.context_encoder, "random": random}
+    context = {"context": model.context_encoder} if hasattr(model, "context_encoder") else {}
+    encoders = {"target": model.target_encoder, **context, "random": random}
     scores, few, seconds = evaluate(encoders, train_set, test_set, size, device, args.seed, folder, counts)
     results = {
-        "dataset": name, "split_sizes": {"train": len(train_set), "test": len(test_set)}, "width": model.context_encoder.width,
+        "dataset": name, "split_sizes": {"train": len(train_set), "test": len(test_set)}, "width": model.target_encoder.width,
         # What answering the commonest class every time would score.
         "chance": test_set.labels.bincount().max().item() / len(test_set),
         "class_names": test_set.class_names, "features": scores,
@@ -362,6 +428,8 @@ def main(argv=None):
     args = arguments(argv)
     if args.compare:
         return compare(args)
+    if args.pretrained:
+        return evaluate_pretrained(args, argv)
     runs = [evaluate_run(folder, args, argv) for folder in args.runs]
     if len(runs) > 1 and all(run["features"] for run in runs):
         print(f"\n{summary(runs)}")

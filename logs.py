@@ -65,15 +65,12 @@ class Metrics:
         self.others = [opened for opened in (tensorboard(config, folder, after), wandb(config, folder)) if opened]
 
     def append(self, row):
-        """Write one row, a dict of COLUMNS -> number."""
+        """Write one row, a dict of COLUMNS -> number; it is on disk even if the machine loses its power now."""
         self.writer.writerow(row)
         self.file.flush()
+        os.fsync(self.file.fileno())
         for log, _ in self.others:
             log({name: value for name, value in row.items() if name != "step"}, row["step"])
-
-    def sync(self):
-        """What was written is on disk, even if the machine loses its power now."""
-        os.fsync(self.file.fileno())
 
     def close(self):
         """End all logs."""

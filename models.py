@@ -31,16 +31,18 @@ SIZES = {
 
 
 def parse_size(name):
-    """(width, depth, heads, MLP ratio) of a named size or of 'width x depth x heads', as '192x6x6'. Raises UsageError."""
+    """(width, depth, heads, MLP ratio) of a named size, of 'width x depth x heads', as '192x6x6', where the ratio is 4, or of
+    'width x depth x heads x MLP width', as '1408x40x16x6144'. Raises UsageError."""
     if name in SIZES:
         return SIZES[name]
     try:
-        width, depth, heads = (int(part) for part in name.split("x"))
+        width, depth, heads, *hidden = (int(part) for part in name.split("x"))
+        (hidden,) = hidden or [4 * width]
     except ValueError:
         raise UsageError(f"model size '{name}' is neither one of {', '.join(SIZES)} nor width x depth x heads, as in 192x6x6") from None
-    if min(width, depth, heads) < 1 or width % heads or width % 4:
-        raise UsageError(f"model size '{name}': width must be a multiple of 4 and of the number of heads, and all three at least 1")
-    return width, depth, heads, 4.0
+    if min(width, depth, heads, hidden) < 1 or width % heads or width % 4:
+        raise UsageError(f"model size '{name}': width must be a multiple of 4 and of the number of heads, and all of them at least 1")
+    return width, depth, heads, hidden / width
 
 
 # --- from pixels to tokens ---------------------------------------------------------------------------------------------
@@ -143,7 +145,7 @@ class Block(nn.Module):
 
     def __init__(self, width, heads, mlp_ratio=4.0):
         super().__init__()
-        hidden = int(width * mlp_ratio)
+        hidden = round(width * mlp_ratio)
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attention = Attention(width, heads)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
@@ -199,8 +201,8 @@ class Encoder(nn.Module):
         True at real entries, or None where nothing is padded. Returns [B, Nc, D] (or [B, N, D]), layer-normed; with
         return_layers=k a list of the last k blocks' outputs, each passed through the same last norm.
         """
-        x = self.patch_embed(images)  # [B, N, D]
         grid = self._grid(images.shape[2:], self.patch_size)
+        x = self.patch_embed(images)  # [B, N, D]
         x = x + (self.positions if grid == self.grid else resize_positions(self.positions, self.grid, grid))  # [B, N, D]
         if indices is not None:
             x = take(x, indices)  # [B, Nc, D]: hidden patches leave before the first block, so nothing can leak from them

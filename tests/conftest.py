@@ -1,6 +1,8 @@
-"""Tests import the modules from the repository's root, wherever pytest is started."""
+"""Tests import the modules from the repository's root, wherever pytest is started, and open no address of Hugging Face."""
 
+import os
 import pathlib
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported

@@ -11,7 +11,7 @@ from config import UsageError, from_preset
 from masking import Masks, MultiBlockMasking
 from methods import build
 from models import (
-    IJEPA, Attention, Encoder, PatchEmbed, explicit_attention, patchify, prediction_loss, resize_positions,
+    IJEPA, Attention, Encoder, PatchEmbed, explicit_attention, parse_size, patchify, prediction_loss, resize_positions,
     sincos_positions, take,
 )
 
@@ -250,6 +250,12 @@ def test_named_sizes_have_the_published_number_of_parameters(name, millions):
     assert sum(p.numel() for p in encoder.parameters()) / 1e6 == pytest.approx(millions, rel=0.01)
 
 
+def test_a_size_may_name_its_mlp_width_as_giants_48_elevenths_need():
+    block = Encoder("1408x1x16x6144", 32, 16).blocks[0]
+    assert block.mlp[0].weight.shape == (6144, 1408) and parse_size("giant")[3] == 48 / 11
+    assert parse_size("192x6x6") == (192, 6, 6, 4.0) and parse_size("32x1x4x100") == (32, 1, 4, 100 / 32)
+
+
 def test_volumes_go_through_the_whole_model():
     model = IJEPA("32x1x4", "16x1x2", image_size=(4, 8, 8), patch_size=2, channels=1)
     output = model(torch.randn(2, 1, 4, 8, 8))
@@ -259,6 +265,8 @@ def test_volumes_go_through_the_whole_model():
 
 @pytest.mark.parametrize("build_it,message", [
     (lambda: Encoder("32x1x4", 30, 4), "do not divide"), (lambda: Encoder("32x1x5"), "multiple"), (lambda: Encoder("vast"), "neither"),
+    (lambda: Encoder("32x1x4x0"), "at least 1"), (lambda: Encoder("32x1x4x8x8"), "neither"),
+    (lambda: Encoder("32x1x4", 24, 4)(torch.zeros(1, 3, 26, 24)), "do not divide"),
     (lambda: build(from_preset("shapes", image_size=24, patch_size=12)), "2x2 grid"),
 ])
 def test_what_does_not_go_together_is_refused(build_it, message):

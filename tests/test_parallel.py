@@ -92,7 +92,8 @@ def test_two_processes_learn_what_one_learns_from_the_same_batches(images, toget
     train.main(command(images, tmp_path, *RUNS[name]))
     one, two = that_matter(weights(tmp_path)), that_matter(weights(together[0] / name))
     assert max((one[key] - two[key]).abs().max().item() for key in one) < 1e-5
-    losses = [[line.split(",")[2] for line in (folder / "metrics.csv").read_text().splitlines()[1:]] for folder in (tmp_path, together[0] / name)]
+    texts = [(folder / "metrics.csv").read_text() for folder in (tmp_path, together[0] / name)]
+    losses = [[line.split(",")[2] for line in text.splitlines()[1:]] for text in texts]
     assert np.allclose(*np.array(losses, dtype=float), atol=1e-5) and len(losses[0]) == 20
 
 
