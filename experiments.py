@@ -5,13 +5,15 @@
     python experiments.py ablations --epochs 5 --seeds 0 1
 
 Each run lies in runs/experiments/NAME-SEED and is trained only once: stopped, the command goes on where it was. What a run scored is in
-its score.json; at the end results/NAME.json, results/NAME.md and, for the ablations, images/ablations.png are written.
+its score.json; after each, results/NAME.json and results/NAME.md are written, and at the end images/ablations.png. What
+results/NAME.json knows of the same settings is not trained again, so that a table can grow seed by seed on several machines.
 """
 
 import datetime
 import json
 import platform
 import statistics
+import time
 from pathlib import Path
 
 import torch
@@ -57,15 +59,15 @@ METHODS = {"I-JEPA": ["--method", "ijepa"], "MAE": ["--method", "mae"], "supervi
 # ---- one run
 
 
-def trained(name, flags):
-    """The folder of the run of this name, trained if it is not yet, gone on with if it was stopped."""
-    folder = FOLDER / name
+def trained(run):
+    """The folder of the run that a Config describes, trained if it is not yet, gone on with if it was stopped."""
+    folder = Path(run.out)
     if not (folder / "checkpoint.pt").exists():
-        train.main([*flags, "--out", str(folder)])
+        train.train(run)
         return folder
     progress = checkpoint.load_checkpoint(folder, "cpu")["progress"]
     if progress["step"] < progress["total"]:
-        train.main(["--out", str(folder), "--resume"])
+        train.train(run, resume=True)
     return folder
 
 
@@ -100,71 +102,114 @@ def score(folder, seed, finetune=0, random=False):
     return found
 
 
+def settings(args, flags, *more):
+    """The Config that train.py would make of the preset, a row's flags, those given to the experiment, and `more`, which come last."""
+    return config.from_arguments(config.parser("").parse_args(["--preset", args.preset, *flags, *args.flags, *more]))
+
+
+class Table:
+    """Rows of an experiment, name -> {"runs": what each seed scored}, written to results/ after each run."""
+
+    def __init__(self, args):
+        self.args, self.rows, self.name = args, {}, args.what if args.preset == "shapes" else f"{args.what}_{args.preset}"
+        path = Path(f"results/{self.name}.json")
+        self.before = json.loads(path.read_text()) if path.exists() else {"rows": {}}
+        self.known = {(name, run["command"]): run for name, row in self.before["rows"].items() for run in row["runs"]}
+
+    def add(self, row, name, flags, seed, more=(), finetune=0, random=False, **about):
+        """Add what a run scored to a row: as results/ knows it, else trained and measured now; `about` is written beside the row."""
+        run = settings(self.args, flags, *more, "--seed", str(seed), "--out", str(FOLDER / f"{name}-{seed}"))
+        found = self.known.get((row, config.command(run)))
+        if not found or (finetune and "fine_tuned" not in found):
+            found = score(trained(run), seed, finetune, random)
+        self.rows.setdefault(row, {**about, "runs": []})["runs"].append(found)
+        print(f"{row:36}{100 * found['linear']:8.1f}", flush=True)
+        self.write()
+
+    def write(self, **more):
+        """Write results/NAME.json and results/NAME.md as far as they are known."""
+        args = self.args
+        words = ["python experiments.py", args.what, "--preset", args.preset, "--seeds", *map(str, args.seeds), *args.flags]
+        command = " ".join(words)
+        about = {"command": command, "seeds": args.seeds, "processor": platform.processor() or platform.machine(),
+                 "torch": torch.__version__, "threads": torch.get_num_threads(), "date": datetime.date.today().isoformat()}
+        kept = {key: self.before[key] for key in ("steps_in_the_time_of_one",) if key in self.before}
+        self.before = {**kept, **about, **more, "rows": self.rows}
+        text = f"`{command}`, {len(args.seeds)} seed(s), {about['date']}; percent, frozen target encoder, 10,000 labelled images."
+        content = json.dumps(self.before, indent=2)
+        checkpoint.write(Path(f"results/{self.name}.json"), lambda path: path.write_text(content))
+        Path(f"results/{self.name}.md").write_text(markdown(self.rows, f"{args.what} on {args.preset}", text), encoding="utf-8")
+
+
 # ---- the two experiments
 
 
-def ablations(args):
-    """Rows of the ablations: name -> {"paper", "runs": what each seed scored}."""
-    rows = {}
+def ablations(table):
+    """The paper's ablations at our scale, each row for every seed."""
     for name, (flags, paper) in ABLATIONS.items():
-        runs = []
-        for seed in args.seeds:
-            slug = "".join(letter if letter.isalnum() else "-" for letter in name)
-            folder = trained(f"ablation-{slug}-{seed}", ["--preset", args.preset, *flags, *args.flags, "--seed", str(seed)])
-            runs.append(score(folder, seed))
-        rows[name] = {"paper": paper, "runs": runs}
-        print(f"{name:36}" + "".join(f"{100 * run['linear']:8.1f}" for run in runs), flush=True)
-    return rows
+        slug = "".join(letter if letter.isalnum() else "-" for letter in name)
+        for seed in table.args.seeds:
+            table.add(name, f"ablation-{slug}", flags, seed, paper=paper)
+    figure = figures.ablations_figure(table.rows, f"{table.args.preset}: what each part of I-JEPA is worth")
+    figure.savefig(f"images/{table.name}.png", dpi=130)
 
 
-def settings(args, *flags):
-    """The Config that train.py would make of the preset and these flags."""
-    return config.from_arguments(config.parser("").parse_args(["--preset", args.preset, *flags, *args.flags]))
+def seconds_of(run, dataset, device, steps=10):
+    """A function that makes some whole training steps of a Config (images to EMA) and returns their seconds."""
+    about, generator = train.describe(dataset), torch.Generator(device).manual_seed(0)
+    model = methods.build(run, about["channels"], about["axes"], about["classes"]).to(device).train()
+    optimizer, stream = train.build_optimizer(run, model), train.image_stream(run, dataset, device, generator, 0)
+
+    def seconds():
+        start = time.perf_counter()
+        for _ in range(steps):
+            loss = train.train_step(run, model, optimizer, [next(stream)], 1, 1000, generator)["loss"]
+        loss.item()  # waits for the device
+        return time.perf_counter() - start
+
+    return seconds
 
 
-def steps_in_the_time_of_one(args, flags, rounds=7):
+def steps_in_the_time_of_one(args, flags, rounds=9):
     """How many training steps with `flags` take as long as one of I-JEPA's: the median of timings made in turn, so that whatever else
     the machine does meets both alike."""
-    device, runs = train.pick_device("auto"), [settings(args, *METHODS["I-JEPA"]), settings(args, *flags)]
+    device, runs = train.pick_device("auto"), [settings(args, METHODS["I-JEPA"]), settings(args, flags)]
     dataset = data.load(runs[0].dataset, runs[0].split, runs[0].data_dir, runs[0].image_size)
-    about = train.describe(dataset)
-    models = [methods.build(run, about["channels"], about["axes"], about["classes"]).to(device).train() for run in runs]
-    seconds = [[train.time_step(run, model, dataset, device) for run, model in zip(runs, models)] for _ in range(rounds)]
+    clocks = [seconds_of(run, dataset, device) for run in runs]
+    seconds = [[clock() for clock in clocks] for _ in range(rounds)][1:]  # the first round warms up
     return statistics.median(first / second for first, second in seconds)
 
 
-def comparison(args):
-    """Rows of the comparison: I-JEPA, MAE and supervision at equal epochs, MAE and supervision at I-JEPA's seconds, and no training."""
-    rows = {}
-
-    def add(row, name, flags, seed, **options):
-        folder = trained(f"{args.preset}-{name.lower()}-{seed}", ["--preset", args.preset, *flags, *args.flags, "--seed", str(seed)])
-        rows.setdefault(row, {"runs": []})["runs"].append(score(folder, seed, args.finetune, **options))
-
-    epochs = {name: round(settings(args).epochs * steps_in_the_time_of_one(args, flags)) for name, flags in METHODS.items()}
+def comparison(table):
+    """I-JEPA, MAE and supervision at equal epochs, MAE and supervision at I-JEPA's seconds, and no training."""
+    args, ratios = table.args, table.before.get("steps_in_the_time_of_one")
+    ratios = ratios or {name: steps_in_the_time_of_one(args, flags) for name, flags in METHODS.items()}
+    table.write(steps_in_the_time_of_one=ratios)  # timed once: all seeds are to have the same epochs
     for seed in args.seeds:
         for name, flags in METHODS.items():
-            add(name, name, flags, seed)
+            slug = f"{args.preset}-{name.lower()}"
+            table.add(name, slug, flags, seed, finetune=args.finetune)
+            epochs = round(settings(args, flags).epochs * ratios[name])
             if name == "I-JEPA":
-                add("random init", name, flags, seed, random=True)
-            elif epochs[name] != epochs["I-JEPA"]:
-                add(f"{name}, equal seconds", f"{name}-seconds", [*flags, "--epochs", str(epochs[name])], seed)
-    return rows
+                table.add("random init", slug, flags, seed, finetune=args.finetune, random=True)
+            elif epochs != settings(args, flags).epochs:
+                table.add(f"{name}, equal seconds", f"{slug}-seconds", flags, seed, ["--epochs", str(epochs)], args.finetune, epochs=epochs)
 
 
 def markdown(rows, title, provenance):
     """The rows as a table: mean ± standard deviation over seeds, percent."""
-    measures = [name for name in ("linear", "knn", "1%", "10%", "fine_tuned") if name in next(iter(rows.values()))["runs"][0]]
+    first = next(iter(rows.values()), {"runs": [{}]})
+    measures = [name for name in ("linear", "knn", "1%", "10%", "fine_tuned") if name in first["runs"][0]]
     heads = {"linear": "linear probe", "knn": "kNN", "1%": "1% of the labels", "10%": "10%", "fine_tuned": "fine-tuned"}
-    paper = "paper" in next(iter(rows.values()))
+    paper = "paper" in first
     lines = [f"# {title}", "", provenance, "", "| | " + " | ".join(heads[name] for name in measures) + (" | paper |" if paper else " |"),
              "|---" * (len(measures) + 1 + paper) + "|"]
     for name, row in rows.items():
         cells = []
         for measure in measures:
-            values = [100 * run[measure] for run in row["runs"]]
+            values = [100 * run[measure] for run in row["runs"] if measure in run]
             spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.1f}{spread}")
+            cells.append(f"{statistics.mean(values):.1f}{spread}" if values else "")
         lines.append(f"| {name} | " + " | ".join(cells) + (f" | {row['paper']} |" if paper else " |"))
     return "\n".join(lines) + "\n"
 
@@ -177,18 +222,9 @@ def main(argv=None):
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds (default 0)")
     parser.add_argument("--finetune", type=int, default=10, help="epochs of fine-tuning in the comparison; 0 is none (default 10)")
     args, args.flags = parser.parse_known_args(argv)  # the rest goes to train.py
-    rows = {"comparison": comparison, "ablations": ablations}[args.what](args)
-    name = args.what if args.preset == "shapes" else f"{args.what}_{args.preset}"
-    seeds = " ".join(map(str, args.seeds))
-    command = f"python experiments.py {args.what} --preset {args.preset} --seeds {seeds} {' '.join(args.flags)}".strip()
-    about = {"command": command, "seeds": args.seeds, "processor": platform.processor() or platform.machine(), "torch": torch.__version__,
-             "threads": torch.get_num_threads(), "date": datetime.date.today().isoformat()}
-    text = f"`{command}`, {len(args.seeds)} seed(s), {about['date']}; percent, frozen target encoder, 10,000 labelled images."
-    checkpoint.write(Path(f"results/{name}.json"), lambda path: path.write_text(json.dumps({**about, "rows": rows}, indent=2)))
-    Path(f"results/{name}.md").write_text(markdown(rows, f"{args.what} on {args.preset}", text), encoding="utf-8")
-    if args.what == "ablations":
-        figures.ablations_figure(rows, f"{args.preset}: what each part of I-JEPA is worth").savefig(f"images/{name}.png", dpi=130)
-    print(Path(f"results/{name}.md").read_text(encoding="utf-8"))
+    table = Table(args)
+    {"comparison": comparison, "ablations": ablations}[args.what](table)
+    print(Path(f"results/{table.name}.md").read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Claims about the comparisons: every row can be trained, a finished run is not trained twice, and the table says what the runs scored."""
 
 import json
+import shutil
 
 import pytest
 
@@ -38,6 +39,22 @@ def test_the_comparison_trains_each_run_once_and_its_table_is_their_mean(tmp_pat
     assert f"| MAE | {mean:.1f} ± " in table and table in capsys.readouterr().out
     monkeypatch.setattr(train, "train", lambda *_: pytest.fail("a finished run is trained again"))
     experiments.main(["comparison", "--seeds", "0", "1", "--finetune", "0", *TINY])
+
+
+def test_a_table_grows_on_another_machine_from_what_results_knows(tmp_path, monkeypatch):
+    """The runs themselves are gone there: only the third seed is trained, the other two are taken from the file."""
+    monkeypatch.setattr(experiments, "steps_in_the_time_of_one", lambda args, flags: 2.0 if "mae" in flags else 1.0)
+    flags = ["--finetune", "0", "--epochs", "3", *TINY]
+    experiments.main(["comparison", "--seeds", "0", "1", *flags])
+    before = json.loads((tmp_path / "results/comparison.json").read_text())["rows"]
+    shutil.rmtree(tmp_path / "runs")
+    monkeypatch.setattr(experiments, "steps_in_the_time_of_one", lambda *_: pytest.fail("timed twice"))
+    experiments.main(["comparison", "--seeds", "0", "1", "2", *flags])
+    after = json.loads((tmp_path / "results/comparison.json").read_text())["rows"]
+    assert {name: row["runs"][:2] for name, row in after.items()} == {name: row["runs"] for name, row in before.items()}
+    assert all(len(row["runs"]) == 3 for row in after.values())
+    assert "--epochs 6" in after["MAE, equal seconds"]["runs"][2]["command"]  # twice those asked for, which come before
+    assert len(list((tmp_path / "runs/experiments").iterdir())) == 4  # four methods and budgets, one seed
 
 
 def test_the_ablations_end_in_a_table_beside_the_papers_numbers_and_a_figure(tmp_path, monkeypatch):
