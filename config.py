@@ -20,6 +20,13 @@ class UsageError(ValueError):
     """Something the user asked for cannot be done; the message is one line that says what and what to try."""
 
 
+def check_known(what, word, known, more=""):
+    """Raise UsageError, with the nearest spelling, where a word is none of the known ones."""
+    if word not in known:
+        close = difflib.get_close_matches(word, known, n=1)
+        raise UsageError(f"{what} '{word}' is none of {', '.join(known)}{more}" + (f"; nearest: {close[0]}" if close else ""))
+
+
 def setting(default, comment, choices=None):
     """A dataclass field with the comment that `--help` shows and, where the values are few, the allowed ones."""
     return field(default=default, metadata={"comment": comment, "choices": choices})

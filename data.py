@@ -4,30 +4,24 @@
 device and normalises, crops and flips it there, all images at once. A small dataset then needs no loader processes.
 """
 
-import difflib
 import hashlib
 import math
 import os
 import pickle
 import signal
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
-from tqdm import tqdm
 
 import shapes
-from config import UsageError
+from config import UsageError, check_known
 from download import ARCHIVES, fetch, one_line
+from folder import LazyFolder, read_folder
 
-MEMORY_LIMIT = 4 * 2**30  # bytes of uint8 pixels that a folder may take in memory; above it, files are decoded when needed
-FOLDER_SIZE = 224  # pixels; side of a folder's images when the caller names none
 NAMES = ("shapes", *ARCHIVES)  # data sets with a name of their own; their images are flat, in three channels
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
 # Mean and standard deviation of each channel over the training images, pixels scaled to 0..1.
 STATISTICS = {
     "shapes": ((0.436, 0.436, 0.436), (0.259, 0.260, 0.260)),
@@ -39,40 +33,6 @@ STATISTICS = {
 
 
 # ---- what a dataset is
-
-
-def decode(path, size):
-    """Read one image file as uint8 [3, size, size] (pixels): shorter side resized, centre kept; also returns its mode."""
-    with Image.open(path) as image:
-        mode = image.mode
-        image.draft(None, (2 * size, 2 * size))  # a large JPEG is decoded at a fraction of its size, still twice what we keep
-        if mode.startswith("I"):  # 16-bit grey: Pillow would clip it to white instead of scaling it
-            image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
-        image = ImageOps.exif_transpose(image).convert("RGB")
-        image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1), mode  # [C, H, W]
-
-
-class LazyFolder(torch.utils.data.Dataset):
-    """Image files that are decoded each time they are asked for; item i is uint8 [3, size, size].
-
-    Raises UsageError, naming the file, where an image cannot be decoded.
-    """
-
-    dtype = torch.uint8
-
-    def __init__(self, paths, size):
-        self.paths, self.size = list(paths), size
-        self.shape = torch.Size((len(self.paths), 3, size, size))  # [n, C, H, W], as a tensor would have
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, i):
-        try:
-            return decode(self.paths[i], self.size)[0]
-        except Exception as error:  # Pillow raises half a dozen unrelated types on a damaged file
-            raise UsageError(f"cannot decode {self.paths[i]} ({one_line(error)}); repair or remove the file") from None
 
 
 @dataclass
@@ -98,10 +58,8 @@ class ImageDataset:
     def subset(self, indices):
         """The images numbered `indices` (int64 [k], or a list) with their labels, as a dataset without folds."""
         indices = torch.as_tensor(indices, dtype=torch.int64)
-        if isinstance(self.images, LazyFolder):
-            images = LazyFolder([self.images.paths[i] for i in indices.tolist()], self.images.size)
-        else:
-            images = self.images[indices.to(self.images.device)]
+        lazy = isinstance(self.images, LazyFolder)
+        images = self.images.subset(indices) if lazy else self.images[indices.to(self.images.device)]
         labels = None if self.labels is None else self.labels[indices.to(self.labels.device)]
         return ImageDataset(self.name, images, labels, self.class_names, self.mean, self.std)
 
@@ -116,13 +74,6 @@ class ImageDataset:
 
 
 # ---- small helpers
-
-
-def check_known(what, word, known, more=""):
-    """Raise UsageError, with the nearest spelling, where a word is none of the known ones."""
-    if word not in known:
-        close = difflib.get_close_matches(word, known, n=1)
-        raise UsageError(f"{what} '{word}' is none of {', '.join(known)}{more}" + (f"; nearest: {close[0]}" if close else ""))
 
 
 def need(path):
@@ -190,11 +141,16 @@ def read_cifar(name, split, data_dir):
         files, meta, label_key, names_key = [split], "meta", b"fine_labels", b"fine_label_names"
     pixels, labels = zip(*(unpickle(folder / file, b"data", label_key) for file in files))
     for file, part, part_labels in zip(files, pixels, labels):
-        if getattr(part, "dtype", None) != np.uint8 or part.shape != (len(part_labels), 3072):
+        n = len(part_labels) if isinstance(part_labels, (list, np.ndarray)) else None
+        if getattr(part, "dtype", None) != np.uint8 or part.shape != (n, 3072):
             raise UsageError(f"{folder / file} does not hold uint8 images of 3072 values, a label each; delete {folder}")
     images = torch.from_numpy(np.concatenate(pixels)).view(-1, 3, 32, 32)  # [n, C, H, W]
-    labels = torch.tensor([label for part in labels for label in part], dtype=torch.int64)  # [n]
+    labels = [label for part in labels for label in part]
     (class_names,) = unpickle(folder / meta, names_key)
+    named = isinstance(class_names, list) and all(isinstance(word, bytes) and word.isascii() for word in class_names)
+    if not named or not all(label in range(len(class_names)) for label in labels):
+        raise UsageError(f"{folder} is damaged: its labels are not those that {meta} names; delete it")
+    labels = torch.tensor(labels, dtype=torch.int64)  # [n]
     return ImageDataset(name, images, labels, [word.decode() for word in class_names], *STATISTICS[name])
 
 
@@ -221,89 +177,16 @@ def read_stl10(split, data_dir):
         labels = torch.from_numpy(records(folder / f"{split}_y.bin", 1, "one label").astype(np.int64)).flatten() - 1  # [n], stored from 1
         if len(labels) != len(images):
             raise UsageError(f"{folder} has {len(images)} {split} images but {len(labels)} labels; it is damaged, so delete it")
+    class_names = need(folder / "class_names.txt").read_text(errors="replace").split()
     if split == "train":
-        lines = need(folder / "fold_indices.txt").read_text().splitlines()
-        folds = [torch.tensor([int(i) for i in line.split()]) for line in lines if line.strip()]
-    class_names = need(folder / "class_names.txt").read_text().split()
+        path = need(folder / "fold_indices.txt")
+        words = [line.split() for line in path.read_text(errors="replace").splitlines() if line.strip()]
+        if len(set(map(len, words))) != 1 or not all(word.isdecimal() and int(word) < len(images) for line in words for word in line):
+            raise UsageError(f"{path} does not hold lines of equally many image numbers; it is damaged, so delete {folder}")
+        folds = [torch.tensor([int(word) for word in line]) for line in words]
+    if labels is not None and not 0 <= labels.min() <= labels.max() < len(class_names):
+        raise UsageError(f"{folder} has labels that class_names.txt does not name; it is damaged, so delete it")
     return ImageDataset("stl10", torch.from_numpy(images), labels, class_names, *STATISTICS["stl10"], folds)
-
-
-def image_files(folder):
-    """Image files anywhere below a folder, sorted; hidden ones (.DS_Store, ._a.jpg, .ipynb_checkpoints) are none."""
-    found = []
-    for root, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [Path(root, f) for f in sorted(files) if f.lower().endswith(EXTENSIONS) and not f.startswith(".")]
-    return found
-
-
-def class_folders(folder):
-    """Class name -> image files, for the sub-folders that hold any, in sorted order; empty for a flat folder."""
-    names = sorted(item.name for item in folder.iterdir() if item.is_dir() and not item.name.startswith("."))
-    return {name: files for name in names if (files := image_files(folder / name))}
-
-
-def decode_all(paths, size):
-    """Decode files into uint8 [n, 3, size, size] on all cores; returns it with the kept positions; prints what was not plain RGB."""
-
-    def attempt(path):
-        try:
-            return decode(path, size)
-        except Exception as error:  # Pillow raises half a dozen unrelated types on a damaged file
-            return None, one_line(error)
-
-    images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)  # [n, C, H, W]
-    kept, broken, converted = [], [], []
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # threads suffice: Pillow decodes outside Python's lock
-        for i, (image, note) in enumerate(tqdm(pool.map(attempt, paths), total=len(paths), desc="decoding", unit="image")):
-            if image is None:
-                broken.append(f"{paths[i].name}, {note}")
-                continue
-            if note != "RGB":
-                converted.append(f"{paths[i].name}, mode {note}")
-            images[len(kept)] = image
-            kept.append(i)
-    if converted:
-        print(f"{len(converted)} of {len(paths)} images were not RGB (first: {converted[0]}); converted")
-    if broken:
-        print(f"{len(broken)} of {len(paths)} images could not be decoded (first: {broken[0]}); skipped")
-    return images[: len(kept)], kept
-
-
-def read_folder(folder, split, size):
-    """Image files below a folder: uint8 [n, 3, size, size]; class sub-folders, sorted, give the labels, a flat folder has none.
-
-    With train/ and test/ or val/ below it, each split is read from its own sub-folder (val stands in for test, and test
-    for val) and train/ names the classes; otherwise the whole folder is the train split. Differs from the official code:
-    crops are cut from the stored centre square, not from the whole photograph.
-    """
-    places = {part: folder / part for part in ("train", "test", "val") if (folder / part).is_dir()}
-    if "train" not in places or len(places) == 1:
-        places = {"train": folder}
-    else:
-        places = {"train": places["train"], "test": places.get("test", places.get("val")), "val": places.get("val", places.get("test"))}
-    check_known(f"split of folder {folder}", split, list(places))
-    place = places[split]
-    classes, labels = class_folders(place), None
-    paths = [path for files in classes.values() for path in files] or image_files(place)
-    if not paths:
-        raise UsageError(f"no image in {place} or below it; looked for {' '.join(EXTENSIONS)}, in any case")
-    class_names = list(class_folders(places["train"])) or None
-    if classes:
-        if strange := [name for name in classes if name not in (class_names or ())]:
-            raise UsageError(f"{place} has the class folder {strange[0]}, which {places['train']} has not; classes are named by train/")
-        labels = torch.tensor([class_names.index(name) for name, files in classes.items() for _ in files])  # [n]
-        if loose := len(image_files(place)) - len(paths):
-            print(f"{loose} images lie in {place} beside its class folders; left out")
-    if len(paths) * 3 * size * size > MEMORY_LIMIT:
-        images = LazyFolder(paths, size)
-        print(f"{len(paths):,} images of {size} pixels are too many for memory: decoded when needed, and converted where they are not RGB")
-    else:
-        images, kept = decode_all(paths, size)
-        labels = None if labels is None else labels[kept]
-        if not kept:
-            raise UsageError(f"none of the {len(paths)} image files in {place} could be decoded (the first: {paths[0].name})")
-    return ImageDataset(folder.resolve().name, images, labels, class_names, *STATISTICS["folder"])
 
 
 def npz_images(path, arrays, key):
@@ -322,7 +205,7 @@ def npz_images(path, arrays, key):
 def npz_labels(path, arrays, key, n):
     """The labels under `key` ([n] or [n, 1]) as int64 [n]; None where there are several to an image."""
     labels = torch.from_numpy(arrays[key])
-    if len(labels) != n or labels.ndim not in (1, 2) or labels.is_floating_point():
+    if labels.ndim not in (1, 2) or not labels.numel() or len(labels) != n or labels.is_floating_point():
         raise UsageError(f"{path}: {key} is {labels.dtype} {list(labels.shape)}, expected whole numbers, one for each of the {n} images")
     if labels.ndim == 2 and labels.shape[1] > 1:
         print(f"{path}: {key} has {labels.shape[1]} labels an image; multi-label data is read without labels")
@@ -354,7 +237,7 @@ def load(name, split="train", data_dir="data", image_size=None):
     """Load one split of a dataset by name (shapes, cifar10, cifar100, stl10) or by the path of an image folder or .npz file.
 
     Images are uint8, [n, C, H, W] or [n, C, T, H, W]. `data_dir` holds or receives the archives. `image_size` (pixels,
-    default FOLDER_SIZE) is the side at which a folder's images are stored; other datasets keep their own size.
+    default 224) is the side at which a folder's images are stored; other datasets keep their own size.
     Raises UsageError for an unknown name or split, and for data that is missing or damaged.
     """
     path = Path(name).expanduser()
@@ -365,9 +248,9 @@ def load(name, split="train", data_dir="data", image_size=None):
         return read_cifar(name, split, data_dir)
     if name == "stl10":
         return read_stl10(split, data_dir)
-    if path.is_dir():
-        return read_folder(path, split, image_size or FOLDER_SIZE)
-    if path.suffix.lower() == ".npz" and path.is_file():
+    if os.path.isdir(path):  # Path.is_dir would raise where a folder above may not be looked into
+        return ImageDataset(path.resolve().name, *read_folder(path, split, image_size), *STATISTICS["folder"])
+    if path.suffix.lower() == ".npz" and os.path.isfile(path):
         return read_npz(path, split)
     if len(path.parts) > 1 or path.suffix.lower() == ".npz":
         raise UsageError(f"dataset {path} is neither a folder nor an .npz file (looked for {path.absolute()})")
@@ -460,15 +343,16 @@ def uint8_batches(images, batch_size, order, device, workers):
         order = order.to(images.device)
         yield from (images[order[i : i + batch_size]] for i in range(0, len(order), batch_size))
         return
-    chosen = torch.utils.data.Subset(images, order.tolist())
+    numbers = order.tolist()
+    parts = [numbers[i : i + batch_size] for i in range(0, len(numbers), batch_size)]
     # A generator of its own: the loader would otherwise draw from the global one and shift whatever is drawn from it next.
     loader = torch.utils.data.DataLoader(
-        chosen, batch_size, num_workers=workers, pin_memory=device.type == "cuda", generator=torch.Generator(), worker_init_fn=ignore_ctrl_c
+        parts, None, num_workers=workers, collate_fn=images.read, pin_memory=device.type == "cuda", generator=torch.Generator(),
+        worker_init_fn=ignore_ctrl_c,
     )
-    try:
-        yield from loader
-    except UsageError as error:  # from a worker it arrives as a whole traceback, whose last line is the message
-        raise UsageError(str(error).strip().splitlines()[-1].removeprefix("config.UsageError: ")) from None
+    for batch, broken in loader:
+        images.report(broken)
+        yield batch
 
 
 def batches(dataset, batch_size, image_size, device="cpu", order=None, generator=None, crop_scale=(1.0, 1.0), flip=False, workers=0,
@@ -479,7 +363,7 @@ def batches(dataset, batch_size, image_size, device="cpu", order=None, generator
     Without a generator (on `device`) nothing is random: images are only resized. With one, each image is cropped to an
     area in `crop_scale` (fractions; (1, 1) does not crop) and, with `flip`, half are mirrored. `workers`: processes that
     decode a LazyFolder. `share`: as in `draw`; `order` and `batch_size` are then this process's own.
-    Raises UsageError for an impossible crop_scale, and where a file cannot be decoded.
+    Raises UsageError for an impossible crop_scale, and where too many files cannot be decoded.
     """
     if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
         raise UsageError(f"crop_scale is {tuple(crop_scale)}, expected two fractions of the image's area, 0 < least <= most <= 1")

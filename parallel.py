@@ -6,6 +6,7 @@ averages the gradients. Only the first process writes.
 """
 
 import contextlib
+import itertools
 import os
 import socket
 import tempfile
@@ -18,6 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 from config import UsageError
+
+TEAMS = itertools.count()  # teams made so far by this process
 
 
 def place():
@@ -43,7 +46,11 @@ def team(device):
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+    # A prefix of its own: after a restart the store still has the addresses of the processes before.
+    store, rank, world = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}-{next(TEAMS)}", store)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30), store=store,
+                            rank=rank, world_size=world)
     try:
         yield
     finally:

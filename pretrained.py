@@ -22,7 +22,7 @@ import checkpoint
 import config as settings
 import data
 from config import UsageError
-from download import download, one_line
+from download import download, one_line, only_one
 from models import IJEPA, SIZES, Encoder, sincos_positions
 
 ADDRESS = "https://dl.fbaipublicfiles.com/ijepa"
@@ -144,14 +144,6 @@ def check_sha256(path, record):
         raise UsageError(f"{path} is not what it was when {beside.name} was written; delete both to download it again")
 
 
-def fetch(path):
-    """Download an official checkpoint to `path`. Raises UsageError, naming the way round it, where that fails."""
-    try:
-        download(f"{ADDRESS}/{path.name}", path, path.name)
-    except UsageError as error:  # which is worded for archives that unpack to a folder
-        raise UsageError(str(error).replace(f" or the folder {path.name}", "")) from None
-
-
 def locate(source, data_dir):
     """The path that `source` names; one of OFFICIAL lies in data_dir and is downloaded (10 to 17 GB) where it does not.
 
@@ -159,7 +151,9 @@ def locate(source, data_dir):
     """
     path = Path(data_dir) / f"{source}.pth.tar" if source in OFFICIAL else Path(source).expanduser()
     if source in OFFICIAL and not path.is_file():
-        fetch(path)
+        with only_one(path):
+            if not path.is_file():  # else another process fetched it while this one waited
+                download(f"{ADDRESS}/{path.name}", path, f"put {path.name} into {path.parent}")
     if not path.exists():
         raise UsageError(f"'{source}' is none of {', '.join(OFFICIAL)}, nor a .pth.tar, a Hugging Face folder or a run's encoder.pt")
     if path.is_file():

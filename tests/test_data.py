@@ -1,10 +1,6 @@
 """Claims about data.py: readers return the known image, damaged or missing data gives one clear line, crops stay inside."""
 
-import hashlib
 import pickle
-import tarfile
-import urllib.error
-import urllib.request
 
 import numpy as np
 import pytest
@@ -12,7 +8,6 @@ import torch
 from PIL import Image
 
 import data
-import download
 from config import UsageError
 
 
@@ -211,7 +206,8 @@ def test_undecodable_images_are_skipped_with_their_labels_unless_none_is_left(tm
     (tmp_path / "cat" / "0.png").write_bytes(b"not an image")
     save(tmp_path / "dog", "1.png")
     assert data.load(str(tmp_path), image_size=8).labels.tolist() == [0, 1]
-    assert "1 of 3 images could not be decoded (first: 0.png" in capsys.readouterr().out
+    named = f"first: {tmp_path / 'cat' / '0.png'}, cannot identify image file"
+    assert f"1 of 3 images could not be decoded ({named}); skipped" in capsys.readouterr().out
     (tmp_path / "cat" / "1.png").unlink()
     (tmp_path / "dog" / "1.png").unlink()
     assert "0.png" in refusal(data.load, str(tmp_path), image_size=8)
@@ -226,11 +222,12 @@ def test_a_lazy_folder_gives_the_pixels_of_the_one_in_memory(tmp_path, monkeypat
     for i in range(5):
         save(tmp_path / "ab"[i % 2], "x" * (i + 1) + ".png")
     memory = data.load(str(tmp_path), image_size=12)
-    monkeypatch.setattr(data, "MEMORY_LIMIT", 0)
+    monkeypatch.setattr("folder.MEMORY_LIMIT", 0)
     lazy = data.load(str(tmp_path), image_size=12)
     assert isinstance(lazy.images, data.LazyFolder) and torch.equal(lazy.labels, memory.labels)
     assert lazy.images.shape == memory.images.shape and lazy.fingerprint() == memory.fingerprint()
     order = torch.tensor([3, 0, 4])
+    assert torch.equal(lazy.images[order], memory.images[order]) and torch.equal(lazy.images[1], memory.images[1])
     before = torch.get_rng_state()
     for workers in (0, 1):
         pairs = zip(data.batches(lazy, 2, 12, order=order, workers=workers), data.batches(memory, 2, 12, order=order), strict=True)
@@ -238,14 +235,6 @@ def test_a_lazy_folder_gives_the_pixels_of_the_one_in_memory(tmp_path, monkeypat
             assert torch.equal(one, other)
     assert torch.equal(before, torch.get_rng_state())  # the loader left the global generator alone
     assert torch.equal(lazy.subset([4]).images[0], memory.subset([4]).images[0])
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_lazy_folder_names_the_file_it_cannot_decode(tmp_path, monkeypatch, workers):
-    (tmp_path / "bad.png").write_bytes(b"not an image")
-    monkeypatch.setattr(data, "MEMORY_LIMIT", 0)
-    folder = data.load(str(tmp_path), image_size=8)
-    assert refusal(list, data.batches(folder, 1, 8, workers=workers)).startswith(f"cannot decode {tmp_path / 'bad.png'}")
 
 
 # ---- .npz files
@@ -288,68 +277,6 @@ def test_npz_refuses_what_it_cannot_mean(tmp_path, capsys):
     np.savez(path, train_images=np.zeros((2, 4, 4), dtype=np.uint8), train_labels=np.zeros((2, 3), dtype=np.int64))
     assert data.load(str(path)).labels is None
     assert "3 labels" in capsys.readouterr().out
-
-
-# ---- download
-
-
-def no_network(*args, **kwargs):
-    raise urllib.error.URLError("no route to host")
-
-
-def pack(root, monkeypatch):
-    """A tiny CIFAR-10 archive whose MD5 data.py expects; returns its path."""
-    folder = make_cifar10(root / "source")
-    archive = root / "cifar-10-python.tar.gz"
-    with tarfile.open(archive, "w:gz") as tar:
-        tar.add(folder, folder.name)
-    digest = hashlib.md5(archive.read_bytes()).hexdigest()
-    monkeypatch.setitem(data.ARCHIVES, "cifar10", (archive.as_uri(), digest, folder.name))
-    return archive
-
-
-def test_without_data_and_network_one_line_says_what_to_put_where(tmp_path, monkeypatch):
-    monkeypatch.setattr(urllib.request, "urlopen", no_network)
-    message = refusal(data.load, "cifar10", data_dir=tmp_path)
-    assert "no route to host" in message and "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz" in message
-    assert f"put cifar-10-python.tar.gz or the folder cifar-10-batches-py into {tmp_path}" in message
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_an_archive_is_downloaded_checked_unpacked_and_then_left_alone(tmp_path, monkeypatch):
-    pack(tmp_path, monkeypatch)
-    target = tmp_path / "data"
-    assert len(data.load("cifar10", "train", target)) == 20
-    assert sorted(path.name for path in target.iterdir()) == ["cifar-10-batches-py", "cifar-10-python.tar.gz"]
-    monkeypatch.setattr(urllib.request, "urlopen", no_network)
-    (target / "cifar-10-python.tar.gz").unlink()
-    assert len(data.load("cifar10", "test", target)) == 4  # the folder is enough
-
-
-def test_an_archive_already_there_is_unpacked_without_network(tmp_path, monkeypatch):
-    pack(tmp_path, monkeypatch)
-    monkeypatch.setattr(urllib.request, "urlopen", no_network)
-    assert len(data.load("cifar10", "train", tmp_path)) == 20
-
-
-def test_a_damaged_archive_is_refused(tmp_path, monkeypatch):
-    archive = pack(tmp_path, monkeypatch)
-    archive.write_bytes(archive.read_bytes()[:-10])
-    message = refusal(data.load, "cifar10", "train", tmp_path)
-    assert str(archive) in message and "MD5" in message
-    assert not (tmp_path / "cifar-10-batches-py").exists()
-
-
-@pytest.mark.parametrize("safe_tarfile", [True, False])
-def test_an_archive_that_leaves_its_folder_is_refused(tmp_path, monkeypatch, safe_tarfile):
-    if not safe_tarfile:
-        monkeypatch.delattr(tarfile, "data_filter", raising=False)
-    (tmp_path / "data").mkdir()
-    archive = tmp_path / "data" / "x.tar.gz"
-    with tarfile.open(archive, "w:gz") as tar:
-        tar.addfile(tarfile.TarInfo("../../outside"))
-    assert "x.tar.gz" in refusal(download.unpack, archive, "x")
-    assert [path.name for path in tmp_path.rglob("*")] == ["data", "x.tar.gz"]
 
 
 # ---- augmentation

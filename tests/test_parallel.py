@@ -24,8 +24,7 @@ RUNS = {"ijepa": [], "accumulated": ["--accumulation", "2", "--batch-size", "8"]
 # What each process does: trains RUNS (or what it is told) and says so when it reads data or writes a file.
 SCRIPT = """
 import os, signal, sys
-import torch
-import checkpoint, config, data, logs, parallel, train
+import checkpoint, config, data, logs, train
 rank = os.environ.get("RANK", "0")
 def told(word, original):
     return lambda *given: (print(word, rank, flush=True), original(*given))[1]
@@ -34,13 +33,12 @@ checkpoint.write = logs.write = train.write = told("writes", checkpoint.write)
 step, calls = train.train_step, []
 def killed(*given):
     calls.append(1)
-    if len(calls) == KILL and rank == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    if len(calls) == DEATH and rank == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         os.kill(os.getpid(), signal.SIGKILL)
     return step(*given)
 train.train_step = killed
-with parallel.team(torch.device("cpu")):
-    for flags in RUNS:
-        config.run(lambda: train.main(flags))
+for flags in RUNS:
+    config.run(lambda: train.main(flags))
 """
 
 
@@ -60,7 +58,7 @@ def command(images, out, *more):
 
 def torchrun(folder, runs, *options, kill=0):
     """Start two processes on the script; `kill`: the step at which the second one is killed, once."""
-    (folder / "script.py").write_text(SCRIPT.replace("KILL", str(kill)).replace("RUNS", repr(runs)))
+    (folder / "script.py").write_text(SCRIPT.replace("DEATH", str(kill)).replace("RUNS", repr(runs)))
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *options, "script.py"],
                             cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
