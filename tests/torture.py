@@ -117,10 +117,11 @@ def faults():
     """What the tests of faults say: passed and failed, by what they try."""
     found = {}
     for what, files in FAULTS.items():
-        pytest = [sys.executable, "-m", "pytest", "-q", "--tb=no", *(f"tests/{name}" for name in files)]
+        pytest = [sys.executable, "-m", "pytest", "-v", "--tb=no", *(f"tests/{name}" for name in files)]
         done = subprocess.run(pytest, cwd=ROOT, capture_output=True, text=True)
-        counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|error)", done.stdout)}
-        found[what] = {"tests": sum(counts.values()), "passed": counts.get("passed", 0), "files": files}
+        ends = re.findall(r"::test_(\w+)(?:\[.*\])? (PASSED|FAILED|ERROR)", done.stdout)
+        claims = sorted({name.replace("_", " ") for name, _ in ends})  # a test's name is what it claims
+        found[what] = {"tests": len(ends), "passed": sum(end == "PASSED" for _, end in ends), "files": files, "claims": claims}
         print(f"{what}: {found[what]['passed']} of {found[what]['tests']}", flush=True)
     return found
 
@@ -139,7 +140,10 @@ def page(results):
         f"| steps to be done again after a kill | {lost['mean']:.0f} on average, {lost['most']} at most |", "",
         "| faults injected by the tests | tests | passed |", "|---|---|---|",
         *(f"| {what} (`{', '.join(row['files'])}`) | {row['tests']} | {row['passed']} |" for what, row in results["faults"].items()), "",
+        "What these tests claim, in their own names:", "",
     ]
+    for what, row in results["faults"].items():
+        lines += [f"**{what}**", "", *(f"- {claim}" for claim in row["claims"]), ""]
     return "\n".join(lines)
 
 
