@@ -8,6 +8,7 @@ import os
 import pathlib
 import sys
 import time
+import warnings
 import zipfile
 from dataclasses import asdict, dataclass
 
@@ -23,6 +24,8 @@ from config import UsageError
 # Fields that may differ between a run and its continuation: they cannot change its result, or what they name is compared itself.
 FREE_ON_RESUME = ("out", "device", "workers", "checkpoint_minutes", "measurements", "deterministic", "tensorboard", "wandb", "data_dir",
                   "dataset")
+# What a checkpoint holds.
+PARTS = {"config": dict, "data": dict, "progress": dict, "model": dict, "optimizer": dict, "generator": torch.Tensor}
 
 
 @dataclass
@@ -119,12 +122,15 @@ def load_checkpoint(folder, device):
     if not path.exists():
         raise UsageError(f"{folder} holds no checkpoint.pt; train with `python train.py --out {folder}` first")
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
-        if not {"config", "data", "progress", "model", "optimizer", "generator"} <= set(checkpoint):
-            raise UsageError("it is no checkpoint of train.py")
+        with warnings.catch_warnings():  # what torch thinks of a strange file is no help to whoever gave it
+            warnings.simplefilter("ignore")
+            checkpoint = dict(torch.load(path, map_location=device, weights_only=True))
+        if not all(isinstance(checkpoint[name], kind) for name, kind in PARTS.items()):
+            raise TypeError
         return checkpoint
     except Exception as error:  # torch raises many kinds for a damaged or an unsafe file
-        raise UsageError(f"{path} cannot be read ({data.one_line(error)[:200]}); train again with another --out") from error
+        why = data.one_line(error) if isinstance(error, OSError) else "it is damaged, or no checkpoint that train.py wrote"
+        raise UsageError(f"{path} cannot be read ({why}); train again with another --out") from error
 
 
 def load_run(folder, device="cpu"):
@@ -132,8 +138,11 @@ def load_run(folder, device="cpu"):
     "classes" of its data and its "progress" (step, total, seconds)."""
     checkpoint = load_checkpoint(folder, device)
     config, about = settings.from_dict(checkpoint["config"]), {**checkpoint["data"], "progress": checkpoint["progress"]}
-    model = methods.build(config, about["channels"], about["axes"], about["classes"]).to(device)
-    model.load_state_dict(checkpoint["model"])
+    try:
+        model = methods.build(config, about["channels"], about["axes"], about["classes"]).to(device)
+        model.load_state_dict(checkpoint["model"])
+    except (KeyError, RuntimeError):
+        raise UsageError(f"{folder} holds weights that are not those of its settings; train again with another --out") from None
     return model.eval(), config, about
 
 
@@ -169,8 +178,9 @@ def restore(folder, config, device, model, optimizer, generator, about, override
     try:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-    except (RuntimeError, ValueError) as error:
-        raise UsageError(f"the weights of {folder} do not fit these settings ({data.one_line(error)[:200]})") from None
+    except (RuntimeError, ValueError):
+        raise UsageError(f"the weights of {folder} do not fit these settings: --method, --targets, --encoder, --predictor, --patch-size "
+                         "and --optimizer must be the run's") from None
     if was["device"] == device.type:
         generator.set_state(checkpoint["generator"].cpu())
     progress = Progress(**checkpoint["progress"])

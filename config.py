@@ -20,16 +20,13 @@ class UsageError(ValueError):
     """Something the user asked for cannot be done; the message is one line that says what and what to try."""
 
 
-def check_known(what, word, known, more=""):
-    """Raise UsageError, with the nearest spelling, where a word is none of the known ones."""
-    if word not in known:
-        close = difflib.get_close_matches(word, known, n=1)
-        raise UsageError(f"{what} '{word}' is none of {', '.join(known)}{more}" + (f"; nearest: {close[0]}" if close else ""))
-
-
 def setting(default, comment, choices=None):
     """A dataclass field with the comment that `--help` shows and, where the values are few, the allowed ones."""
     return field(default=default, metadata={"comment": comment, "choices": choices})
+
+
+LARGEST = 2**31 - 1  # of every whole number
+SEEDS = f"a whole number from 0 to {LARGEST}"
 
 
 @dataclass
@@ -91,7 +88,7 @@ class Config:
     device: str = setting("auto", "auto takes cuda, else mps, else cpu", ("auto", "cpu", "cuda", "mps"))
     precision: str = setting("auto", "auto is bf16 autocast on cuda and fp32 elsewhere", ("auto", "fp32", "bf16"))
     deterministic: bool = setting(False, "only operations that give the same bits every time, refusing those that cannot; slower on a GPU")
-    workers: int = setting(8, "processes that decode an image folder too large for memory")
+    workers: int = setting(8, "processes that decode an image folder too large for memory; no more than there are cores")
     max_steps: int = setting(0, "end after this many optimizer steps, schedules fitted to them; 0 is no limit")
     max_minutes: float = setting(0.0, "end after this many minutes, schedules fitted to them; 0 is no limit")
     checkpoint_minutes: float = setting(2.0, "minutes between two checkpoints")
@@ -150,16 +147,44 @@ METHODS = {
 }
 
 
+def near(word, known):
+    """'; nearest: X' where one of the known words is spelt nearly like this one, in whatever case; else nothing."""
+    known = {name.lower(): name for name in known}
+    close = difflib.get_close_matches(word.lower(), known, 1)
+    return f"; nearest: {known[close[0]]}" if close else ""
+
+
+def check_known(what, word, known, more=""):
+    """Raise UsageError, with the nearest spelling, where a word is none of the known ones."""
+    if word not in known:
+        raise UsageError(f"{what} '{word}' is none of {', '.join(known)}{more}{near(word, known)}")
+
+
+def need(values, condition, name, allowed):
+    """Raise UsageError unless the condition holds: the flag of this name, its value among `values` (a Config, or parsed flags), what is
+    allowed."""
+    if not condition:
+        value, flag = getattr(values, name), name.replace("_", "-")
+        if isinstance(value, bool):
+            raise UsageError(f"--{flag if value else f'no-{flag}'} is given: {allowed}")
+        value = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        raise UsageError(f"--{flag} is {value or 'empty'}: {allowed}")
+
+
+def need_choice(values, name, choices):
+    """Raise UsageError, with the nearest spelling, unless the value of this name is one of the choices."""
+    value = getattr(values, name)
+    need(values, value in choices, name, f"choose one of {', '.join(choices)}{near(str(value), choices)}")
+
+
 def from_preset(name="shapes", **changes):
     """The Config of a preset with some fields changed, checked. Raises UsageError for an unknown name or an impossible value."""
-    if name not in PRESETS:
-        raise UsageError(f"preset '{name}' is none of {', '.join(PRESETS)}")
+    method = changes.get("method", "ijepa")
+    need_choice(argparse.Namespace(preset=name), "preset", PRESETS)
+    need_choice(argparse.Namespace(method=method), "method", METHODS)
     unknown = set(changes) - {f.name for f in dataclasses.fields(Config)}
     if unknown:
         raise UsageError(f"no setting is called {', '.join(sorted(unknown))}; `python train.py --help` lists them")
-    method = changes.get("method", "ijepa")
-    if method not in METHODS:
-        raise UsageError(f"--method is {method}: choose one of {', '.join(METHODS)}")
     config = Config(**{"preset": name, **PRESETS[name], **METHODS[method], **changes})
     check(config)
     return config
@@ -167,51 +192,73 @@ def from_preset(name="shapes", **changes):
 
 def check(config):
     """Refuse what no run could use. What needs the grid or the data is checked by the masks, the model and the loaders."""
-
-    def need(condition, name, allowed):
-        if not condition:
-            raise UsageError(f"--{name.replace('_', '-')} is {getattr(config, name)}: {allowed}")
+    def must(condition, name, allowed):
+        need(config, condition, name, allowed)
 
     for f in dataclasses.fields(config):
-        choices = f.metadata["choices"]
-        need(not choices or getattr(config, f.name) in choices, f.name, f"choose one of {', '.join(choices or ())}")
         value = getattr(config, f.name)
-        numbers = [v for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, float)]
-        need(all(map(math.isfinite, numbers)), f.name, "it must be a finite number")
-    need(0 <= config.seed < 2**31, "seed", "a whole number from 0 to 2147483647")
+        if f.metadata["choices"]:
+            need_choice(config, f.name, f.metadata["choices"])
+        must(value != "" or f.name in ("out", "wandb"), f.name, "it needs a name")
+        numbers = value if isinstance(value, tuple) else (value,)
+        must(all(math.isfinite(v) for v in numbers if isinstance(v, float)), f.name, "it must be a finite number")
+        must(not isinstance(value, int) or value <= LARGEST, f.name, f"it can be {LARGEST} at most")
+    must(config.seed >= 0, "seed", SEEDS)
     for name in ("image_size", "patch_size", "num_targets", "epochs", "batch_size", "accumulation", "min_keep"):
-        need(getattr(config, name) >= 1, name, "it must be 1 or more")
+        must(getattr(config, name) >= 1, name, "it must be 1 or more")
     for name in ("context_size", "max_steps", "max_minutes", "clip_grad", "weight_decay", "weight_decay_final", "lr_start", "lr_final",
                  "workers", "checkpoint_minutes", "held_out", "measurements"):
-        need(getattr(config, name) >= 0, name, "it cannot be negative")
+        must(getattr(config, name) >= 0, name, "it cannot be negative")
     for name in ("crop_scale", "target_scale", "context_scale"):
         low, high = getattr(config, name)
-        need(0 < low <= high <= 1, name, "two fractions of an area, 0 < least <= most <= 1")
-    need(0 < config.target_aspect[0] <= config.target_aspect[1], "target_aspect", "two ratios, 0 < least <= most")
-    need(all(0 <= beta < 1 for beta in config.betas), "betas", "two decay rates from 0 to below 1")
-    need(config.lr > 0, "lr", "it must be above 0")
-    need(0 <= config.warmup <= 1, "warmup", "a fraction of the run, from 0 to 1")
-    need(0 < config.mask_ratio < 1, "mask_ratio", "a fraction of the patches, above 0 and below 1")
+        must(0 < low <= high <= 1, name, "two fractions of an area, 0 < least <= most <= 1")
+    low, high = config.target_aspect
+    must(0.01 <= low <= high <= 100, "target_aspect", "two ratios, .01 <= least <= most <= 100")
+    must(all(0 <= beta < 1 for beta in config.betas), "betas", "two decay rates from 0 to below 1")
+    must(config.lr > 0, "lr", "it must be above 0")
+    must(0 <= config.warmup <= 1, "warmup", "a fraction of the run, from 0 to 1")
+    must(0 < config.mask_ratio < 1, "mask_ratio", "a fraction of the patches, above 0 and below 1")
     for name in ("momentum", "momentum_final"):
-        need(0 <= getattr(config, name) <= 1, name, "a number from 0 to 1")
-    need(config.image_size % config.patch_size == 0, "patch_size",
-         f"it must divide the image size of {config.image_size} pixels")
+        must(0 <= getattr(config, name) <= 1, name, "a number from 0 to 1")
+    must(config.image_size % config.patch_size == 0, "patch_size", f"it must divide the --image-size of {config.image_size} pixels")
+    for name, value in METHODS[config.method].items():
+        must(name == "mask_ratio" or getattr(config, name) == value, name,
+             f"--method {config.method} stands for {value}; leave one of the two out")
+    # What nobody would read is refused, lest someone believe that it was.
+    must(config.mask_ratio == Config.mask_ratio or config.method == "mae" or config.masks == "random", "mask_ratio",
+         "it is for --masks random and --method mae; leave it out")
+    reader, unread = "", ()
+    if config.method in ("mae", "supervised"):
+        reader, unread = f"--method {config.method}", ("targets", "masks", "masked_input", "stop_gradient", "target_norm")
+    elif config.targets == "pixels":
+        reader, unread = "--targets pixels", ("masked_input", "stop_gradient", "target_norm")
+    elif config.masked_input:
+        reader, unread = "--masked-input", ("stop_gradient",)
+    for name in unread:
+        must(getattr(config, name) == getattr(Config, name), name, f"{reader} makes nothing of it; leave one of the two out")
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, with the nearest flag where one is misspelt."""
+    """An ArgumentParser whose errors are one line that says what is allowed, with the nearest flag where one is misspelt."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
+        self._negative_number_matcher = re.compile(r"-(\d|\.\d|inf|nan)")  # argparse's own takes the -1e-3 of `--lr -1e-3` for a flag
 
     def error(self, message):
-        unknown = re.search(r"unrecognized arguments: (--[\w-]+)", message)
-        near = difflib.get_close_matches(unknown[1], self._option_string_actions, 1) if unknown else []
-        raise UsageError(message + (f"; nearest: {near[0]}" if near else "") + " (--help lists what there is)")
+        if wrong := re.match(r"argument (\S+): invalid (int|float) value: '(.*)'", message):
+            kind = {"int": "a whole number, as 12", "float": "a number, as 0.5"}[wrong[2]]
+            raise UsageError(f"{wrong[1]} is {wrong[3] or 'empty'}: it must be {kind}")
+        more = ""
+        if unknown := re.search(r"unrecognized arguments: (\S*)", message):
+            more = near(unknown[1], self._option_string_actions) if unknown[1].startswith("--") else "; no flag takes it"
+        raise UsageError(f"{message}{more} (--help lists what there is)")
 
 
 def parser(description):
     """An argument parser with one flag per Config field; `--help` shows each field's comment and its value in the default preset."""
     defaults = from_preset("shapes")
-    p = Parser(description=description + " Defaults, in brackets, are those of the preset shapes.", allow_abbrev=False,
-               epilog=f"presets: {', '.join(PRESETS)}")
+    p = Parser(description=description + " Defaults, in brackets, are those of the preset shapes.", epilog=f"presets: {', '.join(PRESETS)}")
     for f in dataclasses.fields(Config):
         flag, show = "--" + f.name.replace("_", "-"), str(getattr(defaults, f.name)).strip("()").replace(",", "") or "empty"
         comment = f.metadata["comment"].replace("%", "%%") + f" [{show}]"
@@ -257,10 +304,17 @@ def command(config):
 
 
 def run(main):
-    """Call `main()`; a UsageError becomes one line on stderr and exit code 2, as argparse does with a wrong flag."""
+    """Call `main()`; a UsageError becomes one line on stderr and exit code 2, as argparse does with a wrong flag.
+
+    So does an OSError, which names its file (a full disk, missing rights, a file in a folder's place), and memory that is too small.
+    """
     try:
         main()
-    except UsageError as error:
+    except (UsageError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, (MemoryError, RuntimeError)):
+            if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory", str(error)):  # torch's words
+                raise
+            error = "memory is too small; lower --batch-size, --image-size, --encoder or --predictor, in evaluation --train-images"
         rank = os.environ.get("RANK", "0")  # set by torchrun
         print(f"error: {error}" if rank == "0" else f"error in process {rank}: {error}", file=sys.stderr)
         sys.exit(2)

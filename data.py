@@ -132,7 +132,7 @@ def unpickle(path, *keys):
 
 def read_cifar(name, split, data_dir):
     """CIFAR-10 or CIFAR-100 (fine labels), python version: images uint8 [n, 3, 32, 32]; Krizhevsky 2009, cs.toronto.edu/~kriz."""
-    check_known(f"split of {name}", split, ("train", "test"))
+    check_known(f"--split of {name}", split, ("train", "test"))
     folder = fetch(name, data_dir)
     if name == "cifar10":
         files = [f"data_batch_{i}" for i in range(1, 6)] if split == "train" else ["test_batch"]
@@ -164,7 +164,7 @@ def records(path, size, what):
 
 def read_stl10(split, data_dir):
     """STL-10, binary version: images uint8 [n, 3, 96, 96], labels 0..9 or None; Coates et al. 2011, cs.stanford.edu/~acoates/stl10."""
-    check_known("split of stl10", split, ("train", "test", "unlabeled", "train+unlabeled"))
+    check_known("--split of stl10", split, ("train", "test", "unlabeled", "train+unlabeled"))
     folder = fetch("stl10", data_dir)
     parts = [records(folder / f"{part}_X.bin", 3 * 96 * 96, "one 96x96 RGB image") for part in split.split("+")]
     images = np.empty((sum(map(len, parts)), 3, 96, 96), dtype=np.uint8)  # [n, C, H, W]
@@ -222,7 +222,7 @@ def read_npz(path, split):
             splits = [part for part in ("train", "val", "test") if f"{part}_images" in arrays]
             if not splits:
                 raise UsageError(f"{path} has the keys {', '.join(arrays) or '(none)'}, expected train_images, train_labels and so on")
-            check_known(f"split of {path}", split, splits)
+            check_known(f"--split of {path}", split, splits)
             images = npz_images(path, arrays, f"{split}_images")
             labels = npz_labels(path, arrays, f"{split}_labels", len(images)) if f"{split}_labels" in arrays else None
             train = npz_images(path, arrays, "train_images") if split != "train" and "train" in splits else images
@@ -242,7 +242,7 @@ def load(name, split="train", data_dir="data", image_size=None):
     """
     path = Path(name).expanduser()
     if name == "shapes":
-        check_known("split of shapes", split, ("train", "test"))
+        check_known("--split of shapes", split, ("train", "test"))
         return ImageDataset("shapes", *shapes.make(split), *STATISTICS["shapes"])  # [n, 3, 24, 24], [n]
     if name in ("cifar10", "cifar100"):
         return read_cifar(name, split, data_dir)
@@ -253,8 +253,8 @@ def load(name, split="train", data_dir="data", image_size=None):
     if path.suffix.lower() == ".npz" and os.path.isfile(path):
         return read_npz(path, split)
     if len(path.parts) > 1 or path.suffix.lower() == ".npz":
-        raise UsageError(f"dataset {path} is neither a folder nor an .npz file (looked for {path.absolute()})")
-    check_known("dataset", name, NAMES, ", an image folder, or an .npz file")
+        raise UsageError(f"--dataset {path} is neither a folder nor an .npz file (looked for {path.absolute()})")
+    check_known("--dataset", name, NAMES, ", an image folder, or an .npz file")
 
 
 # ---- a batch, on its device
@@ -345,6 +345,7 @@ def uint8_batches(images, batch_size, order, device, workers):
         return
     numbers = order.tolist()
     parts = [numbers[i : i + batch_size] for i in range(0, len(numbers), batch_size)]
+    workers = min(workers, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)  # more are no faster
     # A generator of its own: the loader would otherwise draw from the global one and shift whatever is drawn from it next.
     loader = torch.utils.data.DataLoader(
         parts, None, num_workers=workers, collate_fn=images.read, pin_memory=device.type == "cuda", generator=torch.Generator(),

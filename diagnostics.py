@@ -74,7 +74,8 @@ def knn(train_x, train_y, test_x, test_y, k=20, temperature=0.07):
     classes = int(max(train_y.max(), test_y.max())) + 1
     correct = 0
     for x, y in zip(test_x.split(1024), test_y.split(1024)):  # in chunks: m x n cosines would not fit in memory
-        cosine, neighbours = (F.normalize(x.float(), dim=1) @ train_x.T).topk(min(k, len(train_x)), dim=1)  # [B, k]
+        with torch.autocast(x.device.type, enabled=False):  # in bf16 many neighbours would tie
+            cosine, neighbours = (F.normalize(x.float(), dim=1) @ train_x.T).topk(min(k, len(train_x)), dim=1)  # [B, k]
         votes = torch.zeros(len(x), classes, device=x.device)  # [B, K]
         votes.scatter_add_(1, train_y[neighbours], (cosine / temperature).exp())
         correct += (votes.argmax(1) == y).sum().item()

@@ -11,6 +11,7 @@ is tuned is tuned on part of the training images; the test images are looked at 
 
 import dataclasses
 import datetime
+import functools
 import hashlib
 import json
 import os
@@ -248,16 +249,21 @@ def arguments(argv):
     parser.add_argument("--dataset", help="labelled data with a train and a test split, where it is not what the run was trained on")
     parser.add_argument("--data-dir", help="folder of the data, where it is not the one the run was trained from")
     args = parser.parse_args(argv)
+    need = functools.partial(config.need, args)
     if bool(args.runs) == bool(args.pretrained):
         raise config.UsageError("name run folders, or one encoder with --pretrained (--help lists what there is)")
-    if args.pretrained and (args.compare or not args.dataset):
-        raise config.UsageError("--pretrained needs --dataset, labelled data with a train and a test split, and does not go with --compare")
-    if args.out and not args.pretrained:
-        raise config.UsageError("--out is for --pretrained; what is found of a run goes to its folder")
-    if min(args.train_images, args.test_images, args.attentive, args.finetune) < 0:
-        raise config.UsageError("--train-images and --test-images must be 0 (all) or more, --attentive and --finetune 0 or more epochs")
-    if not 0 < args.layer_decay <= 1 or not 0 <= args.smoothing < 1:
-        raise config.UsageError("--layer-decay must be above 0 and at most 1, --smoothing from 0 to below 1")
+    need(not args.pretrained or args.dataset, "pretrained", "it needs --dataset, labelled data with a train and a test split")
+    need(not args.out or args.pretrained, "out", "it is for --pretrained; what is found of a run goes to its folder")
+    need(not args.compare or len(args.runs) == 1, "compare", f"it goes with one RUN, not with {len(args.runs)}")
+    need(args.train_images >= 0, "train_images", "it must be 0 (all) or more")
+    need(args.test_images >= 0 and args.test_images != 1, "test_images", "it must be 0 (all), or 2 or more")
+    for name in ("attentive", "finetune"):
+        need(getattr(args, name) >= 0, name, "it must be 0 (none) or more epochs")
+    need(0 < args.layer_decay <= 1, "layer_decay", "it must be above 0 and at most 1")
+    need(0 <= args.smoothing < 1, "smoothing", "it must be 0 or more and below 1")
+    need(0 <= args.seed <= config.LARGEST, "seed", config.SEEDS)
+    for name in ("dataset", "data_dir"):
+        need(getattr(args, name) != "", name, "it needs a name")
     return args
 
 
@@ -319,8 +325,8 @@ def evaluate_run(folder, args, argv=None):
         dataset = full if run_config.split == "train" else data.load(name, run_config.split, *where)
         results = measure_unlabelled(dataset, model, run_config, args)
     else:
-        test_set = data.load(name, "test", *where)
-        check_data(name, full, test_set, about["channels"], about["axes"])
+        test_set = test_images(full, name, *where)
+        check_images(full, about, folder)
         random = random_encoder(run_config, about, device, args.seed)
         results = measure_labelled(folder, model, random, run_config, full, test_set, args, device)
     results |= {"config": dataclasses.asdict(run_config), "training": about["progress"],
@@ -337,8 +343,9 @@ def evaluate_pretrained(args, argv=None):
     # Of a run's settings only these are read; fine-tuning crops as the official code does.
     size = found.shape["image_size"]
     settings = config.Config(dataset=args.dataset, image_size=size, crop_scale=(0.3, 1.0))
-    full, test_set = (data.load(args.dataset, split, data_dir, size) for split in ("train", "test"))
-    check_data(args.dataset, full, test_set, found.shape["channels"], len(found.encoder.image_size))
+    full = data.load(args.dataset, "train", data_dir, size)
+    test_set = test_images(full, args.dataset, data_dir, size)
+    check_images(full, {"channels": found.shape["channels"], "axes": len(found.encoder.image_size)}, args.pretrained)
     if found.mean is not None:
         full, test_set = (dataclasses.replace(dataset, mean=found.mean, std=found.std) for dataset in (full, test_set))
     with torch.random.fork_rng():
@@ -368,14 +375,18 @@ def write_results(folder, results, start):
     return results
 
 
-def check_data(name, full, test_set, channels, axes):
-    """Refuse data without labels, and images that the encoder cannot take."""
-    if full.labels is None or test_set.labels is None:
-        raise config.UsageError(f"evaluation needs labels, and {name} has none; name labelled data with --dataset")
-    if full.images.shape[1] != channels:
-        raise config.UsageError(f"{name} has {full.images.shape[1]} channels, the encoder takes {channels}")
-    if len(full.images.shape) - 2 != axes:
-        raise config.UsageError(f"{name} has images of {len(full.images.shape) - 2} axes, the encoder takes {axes}")
+def test_images(full, name, data_dir, image_size):
+    """The test split of the data set whose train split is `full`; raises UsageError where there is none, or either has no labels."""
+    if full.labels is not None:
+        try:
+            test_set = data.load(name, "test", data_dir, image_size)
+        except config.UsageError as error:
+            raise config.UsageError(f"evaluation needs test images: {error}") from None
+        if len(test_set) < 2:
+            raise config.UsageError(f"{name} has one test image; evaluation needs two or more")
+        if test_set.labels is not None:
+            return test_set
+    raise config.UsageError(f"evaluation needs labels, and {name} has none; name labelled data with --dataset")
 
 
 def measure_labelled(folder, model, random, run_config, full, test_set, args, device):
@@ -383,6 +394,10 @@ def measure_labelled(folder, model, random, run_config, full, test_set, args, de
     and test split: print the tables, and return them ready for evaluation.json."""
     size, name = run_config.image_size, args.dataset or run_config.dataset
     train_set, test_set = subsample(full, args.train_images, args.seed), subsample(test_set, args.test_images, args.seed)
+    try:
+        probes.held_out(train_set.labels, args.seed)  # before minutes are spent on the features
+    except config.UsageError as error:
+        raise config.UsageError(f"--train-images is {args.train_images}, of {len(full):,} in {name}: {error}") from None
     per_class = full.labels.bincount()[full.labels.unique()].min().item()
     counts = sorted({*probes.LOW_SHOT, *(count for count in (per_class // 100, per_class // 10) if count > 1)})  # 1% and 10% of the labels
     context = {"context": model.context_encoder} if hasattr(model, "context_encoder") else {}
@@ -402,17 +417,30 @@ def measure_labelled(folder, model, random, run_config, full, test_set, args, de
     return results
 
 
+def check_images(dataset, about, folder):
+    """Raise UsageError where the encoder of a run (`about` is what load_run gives) does not take the images of an ImageDataset."""
+    channels, axes = dataset.images.shape[1], len(dataset.images.shape) - 2
+    if (channels, axes) != (about["channels"], about["axes"]):
+        raise config.UsageError(f"{dataset.name} has images of {channels} channels and {axes} axes, the encoder of {folder} takes "
+                                f"{about['channels']} and {about['axes']}; name other data with --dataset")
+
+
 def compare(args):
     """How alike two runs' target encoders are, beside the first one's random encoder, on the first one's test images; prints, and writes
     RUN/compare.json."""
     device, found = train.pick_device(args.device), {}
     model, run_config, about = checkpoint.load_run(args.runs[0], device)
-    other, other_config, _ = checkpoint.load_run(args.compare, device)
+    other, other_config, other_about = checkpoint.load_run(args.compare, device)
     encoders = {str(args.compare): (other.target_encoder, other_config.image_size),
                 "random encoder": (random_encoder(run_config, about, device, args.seed), run_config.image_size)}
     images = data.load(args.dataset or run_config.dataset, "test", args.data_dir or run_config.data_dir, run_config.image_size)
     chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed))[: args.test_images or 5000]
+    for folder, takes in ((args.runs[0], about), (args.compare, other_about)):
+        check_images(images, takes, folder)
     images = images.subset(chosen)
+    if len(images) < 11:
+        raise config.UsageError(f"--compare needs 11 test images or more, for the 10 neighbours of each, got {len(images)}; "
+                                f"--test-images is {args.test_images}, 0 takes all")
     x = features(model.target_encoder, images, run_config.image_size, device)
     print(f"{args.runs[0]} on {len(images):,} test images of {images.name}, beside")
     print(f"{'':24}{'CKA':>8}{'10 neighbours shared, %':>28}")
@@ -430,6 +458,12 @@ def main(argv=None):
         return compare(args)
     if args.pretrained:
         return evaluate_pretrained(args, argv)
+    if len(args.runs) > 1:  # before the first one takes its minutes: all are runs, and their mean is one of something
+        data_sets = {str(folder): checkpoint.load_checkpoint(folder, "cpu")["config"]["dataset"] for folder in args.runs}
+        if not args.dataset and len(set(data_sets.values())) > 1:
+            raise config.UsageError("a mean over runs of different data says nothing ("
+                                    + ", ".join(f"{folder}: {name}" for folder, name in data_sets.items())
+                                    + "); evaluate them one by one, or on the same --dataset")
     runs = [evaluate_run(folder, args, argv) for folder in args.runs]
     if len(runs) > 1 and all(run["features"] for run in runs):
         print(f"\n{summary(runs)}")

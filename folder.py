@@ -204,7 +204,7 @@ def read_folder(folder, split, size=None):
         places = {"train": folder}
     else:
         places = {"train": places["train"], "test": places.get("test", places.get("val")), "val": places.get("val", places.get("test"))}
-    check_known(f"split of folder {folder}", split, list(places))
+    check_known(f"--split of folder {folder}", split, list(places))
     place = places[split]
     classes, loose = class_folders(place)
     paths = list(chain(*classes.values())) or loose

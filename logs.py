@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import signal
 import threading
 from dataclasses import asdict
@@ -10,6 +11,8 @@ import diagnostics
 import parallel
 from checkpoint import write
 from config import UsageError
+
+NUMBER = re.compile(r"-?[\d.]+(e[-+]?\d+)?|nan|inf|-inf|")  # as Python writes a float; or nothing
 
 
 def duration(seconds):
@@ -49,7 +52,7 @@ class Metrics:
 
     def __init__(self, config, folder, after):
         path = folder / "metrics.csv"
-        kept = [row for row in complete_rows(path) if int(row["step"]) <= after]
+        kept = [{name: row.get(name, "") for name in self.COLUMNS} for row in complete_rows(path) if int(row["step"]) <= after]
         # What was measured before the first step, to compare with; None where nothing was.
         self.first = {name: float(kept[0][name]) for name in diagnostics.MEASURES if kept[0].get(name)} if kept else None
 
@@ -59,10 +62,10 @@ class Metrics:
                 writer.writeheader()
                 writer.writerows(kept)
 
+        self.others = [opened for opened in (tensorboard(config, folder, after), wandb(config, folder)) if opened]
         write(path, save)  # a kill between emptying the old file and filling it again would lose every row
         self.file = open(path, "a", newline="")
         self.writer = csv.DictWriter(self.file, self.COLUMNS)
-        self.others = [opened for opened in (tensorboard(config, folder, after), wandb(config, folder)) if opened]
 
     def append(self, row):
         """Write one row, a dict of COLUMNS -> number; it is on disk even if the machine loses its power now."""
@@ -80,12 +83,15 @@ class Metrics:
 
 
 def complete_rows(path):
-    """The rows of a metrics.csv that a crash may have cut in the middle of a line, as dicts; none where there is no file."""
+    """The rows of a metrics.csv that a crash may have cut in the middle of a line, as dicts of numbers in words; none where there is no
+    file."""
     if not path.exists():
         return []
     text = path.read_text(errors="replace")
-    rows = csv.DictReader(text[: text.rfind("\n") + 1].splitlines())
-    return [row for row in rows if (row.get("step") or "").isdigit() and None not in row and None not in row.values()]
+    rows = csv.DictReader(text[: text.rfind("\n") + 1].splitlines(), restval="cut")
+    if text and "step" not in (rows.fieldnames or ()):
+        raise UsageError(f"{path} is damaged, or no metrics.csv of train.py; move it away to go on without what it recorded")
+    return [row for row in rows if None not in row and row.get("step", "").isdigit() and all(map(NUMBER.fullmatch, row.values()))]
 
 
 def tensorboard(config, folder, after):

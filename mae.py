@@ -8,6 +8,7 @@ and nothing that could collapse: the targets are the image's own. Alphabet as in
 import torch
 from torch import nn
 
+from config import UsageError
 from masking import RandomMasking
 from models import Encoder, Output, Predictor, initialise, patchify, prediction_loss, take, unpatchify
 
@@ -23,7 +24,12 @@ def pixel_targets(images, patch_size):
 
 
 def predict_pixels(predictor, values):
-    """Give a Predictor a last layer that answers with `values` numbers a patch instead of a feature; returns the predictor."""
+    """Give a Predictor a last layer that answers with `values` numbers a patch instead of a feature; returns the predictor.
+
+    Raises UsageError for one value a patch, which has no deviation to be divided by.
+    """
+    if values < 2:
+        raise UsageError("--patch-size is 1: a patch of one grey pixel has no contrast to predict; it must be 2 or more")
     predictor.project = nn.Linear(predictor.project.in_features, values)
     initialise(predictor.project)
     return predictor

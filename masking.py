@@ -79,13 +79,15 @@ class MultiBlockMasking:
         self.context_size, self.min_keep, self.allow_overlap = context_size, max(min_keep, context_size), allow_overlap
         self.N = math.prod(self.grid)
         largest = self._largest_block()
+        where = f"a {'x'.join(map(str, self.grid))} grid of {self.N} patches"
         free = self.N if allow_overlap else self.N - math.prod(largest)
         if free < self.min_keep:
-            what = f"{self.min_keep} context patches" if self.min_keep > 1 else "a context patch"
-            raise UsageError(
-                f"masks on a {'x'.join(map(str, self.grid))} grid of {self.N} patches: a target block of scale up to {target_scale[1]} can "
-                f"take {'x'.join(map(str, largest))} = {math.prod(largest)} patches and leave fewer than {what}; "
-                f"use smaller patches, a smaller target_scale, or a smaller context_size or min_keep")
+            name = "--min-keep" if min_keep > context_size else "--context-size"
+            taken = "" if allow_overlap else f" where a target block of --target-scale {target_scale[1]} takes {math.prod(largest)}"
+            raise UsageError(f"{name} is {self.min_keep}: there is room for {free} context patches at most on {where}{taken}; "
+                             "lower it, --target-scale or --patch-size")
+        if num_targets > self.N:
+            raise UsageError(f"--num-targets is {num_targets}: there is room for {self.N} at most on {where}")
 
     def __call__(self, B, generator=None):
         """Draw masks for B images on the generator's device (without one, on the CPU from the global generator) -> Masks."""
@@ -192,7 +194,8 @@ class RandomMasking:
         self.grid, self.N = tuple(grid), math.prod(grid)
         self.count = round(self.N * hidden)
         if not 0 < self.count < self.N:
-            raise UsageError(f"hiding {hidden} of {self.N} patches leaves {self.N - self.count} to see and {self.count} to predict")
+            raise UsageError(f"--mask-ratio is {hidden}: of {self.N} patches it leaves {self.N - self.count} to see and {self.count} to "
+                             "predict, and there must be some of each")
 
     def __call__(self, B, generator=None):
         """Draw masks for B images on the generator's device -> Masks with one target "block" (M = 1), nothing padded."""
@@ -209,7 +212,8 @@ class RasterMasking:
 
     def __init__(self, grid):
         if len(grid) != 2 or any(side % 2 for side in grid):
-            raise UsageError(f"raster masks need a grid of two even sides, got {'x'.join(map(str, grid))}")
+            raise UsageError(f"--masks is raster: it needs a grid of two even sides, got {'x'.join(map(str, grid))}; "
+                             "choose another --patch-size or --image-size")
         self.grid, self.N = tuple(grid), math.prod(grid)
 
     def __call__(self, B, generator=None):

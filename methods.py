@@ -4,13 +4,17 @@
 with a loss, `update_target`, and the `target_encoder` whose features are kept.
 """
 
+import math
+import os
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import mae
+from config import UsageError
 from masking import MultiBlockMasking, RandomMasking, RasterMasking
-from models import IJEPA, Encoder, Output, initialise, take
+from models import IJEPA, Encoder, Output, initialise, parse_size, take
 
 
 class AblatedIJEPA(IJEPA):
@@ -85,6 +89,36 @@ def masking(config, grid):
         return RasterMasking(grid)
     return MultiBlockMasking(grid, config.num_targets, config.target_scale, config.target_aspect, config.context_scale, config.context_size,
                              config.mask_mode, config.min_keep, config.allow_overlap)
+
+
+def least_memory(config, channels=1, axes=2):
+    """Bytes that training with a Config takes at the very least, on images or, with 3 axes, volumes, of so many channels.
+
+    Counted are the weights of layers, with their gradients, the optimizer's moments and the target encoder; a batch of images, and their
+    patches' tokens. A machine with less cannot train; one with as much needs several times more.
+    """
+    width, depth, _, ratio = parse_size(config.encoder, "--encoder", axes)
+    narrow, shallow, _, _ = parse_size(config.predictor, "--predictor", axes)
+    N, values = (config.image_size // config.patch_size) ** axes, channels * config.patch_size**axes  # patches, pixels in each
+    encoder = width * values + depth * width**2 * (4 + 2 * ratio)  # patch embedding; attention and MLP of each block
+    predictor = 0 if config.method == "supervised" else 2 * width * narrow + shallow * narrow**2 * 12
+    target = encoder if config.method.startswith("ijepa") and config.stop_gradient else 0
+    copies = 3 if config.optimizer == "sgd" else 4
+    return 4 * (copies * (encoder + predictor) + target) + config.batch_size * N * (4 * values + 2 * width)  # tokens may be bf16
+
+
+def check_memory(config, device, channels=1, axes=2):
+    """Raise UsageError for sizes that this machine's memory cannot hold; with no more known of the data, those of one channel, two axes."""
+    if device.type == "cuda":
+        there = torch.cuda.mem_get_info(device)[1]
+    else:
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf  # Windows says nothing
+    needed = least_memory(config, channels, axes)
+    if needed > there:
+        sizes = " ".join(f"--{name.replace('_', '-')} {getattr(config, name)}"
+                         for name in ("batch_size", "image_size", "patch_size", "encoder", "predictor"))
+        raise UsageError(f"{sizes}: training would take {needed / 1e9:,.0f} GB of memory or more, {device} has {there / 1e9:,.0f}; "
+                         "lower the largest")
 
 
 def build(config, channels=3, axes=2, classes=0):

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from config import UsageError
+from config import UsageError, near
 from masking import MultiBlockMasking
 
 Output = namedtuple("Output", "loss predictions targets")  # loss [], predictions [B, M, Nt, D], targets [B, M, Nt, D]
@@ -28,20 +28,27 @@ SIZES = {
     "huge": (1280, 32, 16, 4.0),
     "giant": (1408, 40, 16, 48 / 11),
 }
+DEEPEST = 1000  # blocks; the paper's deepest has 40
 
 
-def parse_size(name):
+def parse_size(name, flag="--encoder", axes=2):
     """(width, depth, heads, MLP ratio) of a named size, of 'width x depth x heads', as '192x6x6', where the ratio is 4, or of
-    'width x depth x heads x MLP width', as '1408x40x16x6144'. Raises UsageError."""
+    'width x depth x heads x MLP width', as '1408x40x16x6144'.
+
+    Raises UsageError, naming the flag, where it is none of these, or where the width does not hold positions on so many axes.
+    """
     if name in SIZES:
         return SIZES[name]
     try:
         width, depth, heads, *hidden = (int(part) for part in name.split("x"))
         (hidden,) = hidden or [4 * width]
     except ValueError:
-        raise UsageError(f"model size '{name}' is neither one of {', '.join(SIZES)} nor width x depth x heads, as in 192x6x6") from None
+        raise UsageError(f"{flag} is {name}: neither one of {', '.join(SIZES)} nor width x depth x heads, as in 192x6x6"
+                         f"{near(name, SIZES)}") from None
     if min(width, depth, heads, hidden) < 1 or width % heads or width % 4:
-        raise UsageError(f"model size '{name}': width must be a multiple of 4 and of the number of heads, and all of them at least 1")
+        raise UsageError(f"{flag} is {name}: width must be a multiple of 4 and of the number of heads, and all of them at least 1")
+    if width < 2 * axes or depth > DEEPEST:
+        raise UsageError(f"{flag} is {name}: width must be {2 * axes} or more on {axes} axes, depth {DEEPEST} or less")
     return width, depth, heads, hidden / width
 
 
@@ -178,7 +185,7 @@ class Encoder(nn.Module):
     def __init__(self, size="base", image_size=224, patch_size=16, channels=3, axes=2):
         super().__init__()
         sides = (image_size,) * axes if isinstance(image_size, int) else tuple(image_size)
-        self.width, depth, heads, mlp_ratio = parse_size(size)
+        self.width, depth, heads, mlp_ratio = parse_size(size, "--encoder", len(sides))
         self.image_size, self.patch_size, self.grid = sides, patch_size, self._grid(sides, patch_size)
         self.patch_embed = PatchEmbed(patch_size, channels, self.width, len(sides))
         self.register_buffer("positions", sincos_positions(self.grid, self.width), persistent=False)
@@ -224,7 +231,7 @@ class Predictor(nn.Module):
 
     def __init__(self, size, encoder_width, grid):
         super().__init__()
-        width, depth, heads, mlp_ratio = parse_size(size)
+        width, depth, heads, mlp_ratio = parse_size(size, "--predictor", len(grid))
         self.embed = nn.Linear(encoder_width, width)
         self.mask_token = nn.Parameter(torch.zeros(width))
         self.register_buffer("positions", sincos_positions(grid, width), persistent=False)

@@ -334,16 +334,28 @@ def encoder_figures(run):
                               "Notice which classes come apart, if any, and whether only after training")
 
 
+def recorded(path, read):
+    """What `read` makes of the text of a file in the run's folder, None where there is no file; UsageError where it is damaged."""
+    try:
+        return read(path.read_text()) if path.exists() else None
+    except (ValueError, KeyError, TypeError) as error:
+        raise config.UsageError(f"{path} is damaged ({data.one_line(error)}); move it away to draw what it does not hold") from None
+
+
+def rows_of(text):
+    """The rows of metrics.csv, dicts of strings, each with its step."""
+    return [row for row in csv.DictReader(text.splitlines()) if int(row["step"]) >= 0]
+
+
 def recorded_figures(run):
     """Yields (file name, Figure) from the files that training and evaluation left in the run's folder; says what is missing."""
     path = run.folder / "metrics.csv"
-    rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
-    if rows:
+    if rows := recorded(path, rows_of):
         yield "curves", curves_figure(rows, f"{run.what}: training")
     else:
         print(f"left out curves: {path} has no rows; train for longer")
     path = run.folder / "evaluation.json"
-    results = json.loads(path.read_text()) if path.exists() else {"features": {}}
+    results = recorded(path, json.loads) or {"features": {}}
     target = results["features"].get("target", {})
     figures = [("comparison", comparison_figure, target), ("confusion", confusion_figure, "confusion" in target),
                ("per_class", per_class_figure, "per_class" in target),
@@ -401,10 +413,10 @@ def arguments(argv):
     parser.add_argument("--tsne-images", type=int, default=TSNE_IMAGES, help=f"held-out images in t-SNE; 0 is all (default {TSNE_IMAGES})")
     parser.add_argument("--seed", type=int, default=0, help="seed of the images and masks shown (default 0)")
     args = parser.parse_args(argv)
-    if args.images < 250:
-        raise config.UsageError(f"--images is {args.images}: it must be 250 or more")
-    if args.tsne_images and args.tsne_images < 100:
-        raise config.UsageError(f"--tsne-images is {args.tsne_images}: it must be 0 (all) or 100 or more")
+    config.need(args, args.images >= 250, "images", "it must be 250 or more")
+    config.need(args, args.tsne_images == 0 or args.tsne_images >= 100, "tsne_images", "it must be 0 (all) or 100 or more")
+    config.need(args, 0 <= args.seed <= config.LARGEST, "seed", config.SEEDS)
+    config.need(args, args.data_dir != "", "data_dir", "it needs a name")
     return args
 
 

@@ -228,8 +228,11 @@ def announce(config, model, dataset, device, progress, seconds_per_step):
 
 def look(config, watch, model, progress):
     """Measure the model with a Monitor, print what it warns of and what to try, and return the measures, a dict of floats."""
-    with autocast(config, watch.images.device):
-        found, warnings = watch(model, progress.step / progress.total)
+    try:
+        with autocast(config, watch.images.device):
+            found, warnings = watch(model, progress.step / progress.total)
+    except torch.linalg.LinAlgError:  # what is no number has no rank
+        raise UsageError(f"the features are no finite numbers at step {progress.step:,}; lower --lr (now {config.lr:g})") from None
     advice = f"Try a lower --lr (now {config.lr:g}) or a longer --warmup (now {config.warmup:g})"
     if config.method not in ("mae", "supervised"):  # they have no targets that move
         advice += f", or a --momentum closer to 1 (now {config.momentum:g}), with --stop-gradient and --target-norm on"
@@ -242,7 +245,8 @@ def set_up(config, resume, override):
     """All that a run works with, (dataset, model, optimizer, generator, what is known of the data, Progress); on resume as it was left."""
     folder, device = pathlib.Path(config.out), pick_device(config.device)
     if not resume and (folder / "checkpoint.pt").exists():
-        raise UsageError(f"{folder} already holds a run; add --resume to go on with it, or choose another --out")
+        raise UsageError(f"--out {folder} already holds a run; add --resume to go on with it, or choose another --out")
+    methods.check_memory(config, device)
     if config.dataset in data.NAMES:  # three channels, two axes
         with torch.device("meta"):
             methods.build(config, classes=1)  # refuses sizes and masks that cannot be, before the data is read
@@ -251,11 +255,13 @@ def set_up(config, resume, override):
     dataset = parallel.load(config.dataset, config.split, config.data_dir, config.image_size)
     kept, held = map(len, hold_out(config, len(dataset)))
     if kept < config.batch_size * config.accumulation:
-        raise UsageError(f"{dataset.name} has {kept} images to train on ({held} are held out), fewer than one step's "
-                         f"{config.batch_size} x {config.accumulation}; lower --batch-size or --accumulation")
+        raise UsageError(f"--batch-size is {config.batch_size}, --accumulation {config.accumulation}: {dataset.name} has {kept} images to "
+                         f"train on ({held} are held out), fewer than one step's; lower one of the two")
     about = describe(dataset)
-    if config.method == "supervised" and not about["classes"]:
-        raise UsageError(f"--method supervised needs labels, and the {config.split} split of {dataset.name} has none")
+    if config.method == "supervised" and about["classes"] < 2:
+        raise UsageError(f"--method supervised needs labels of two classes or more, and the {config.split} split of {dataset.name} has "
+                         f"{about['classes'] or 'none'}")
+    methods.check_memory(config, device, about["channels"], about["axes"])
     torch.manual_seed(config.seed)
     model = methods.build(config, about["channels"], about["axes"], about["classes"]).to(device).train()
     optimizer = build_optimizer(config, model)
@@ -283,8 +289,8 @@ def plan(config, progress, n, seconds_per_step):
     """How many optimizer steps a run over n images has: its epochs, or less where --max-steps or --max-minutes says so."""
     planned = config.epochs * (n // (config.batch_size * config.accumulation))
     planned = min(planned, config.max_steps or planned)
-    affordable = max(1, int(config.max_minutes * 60 / seconds_per_step)) if config.max_minutes else planned
-    return planned, progress.total or min(planned, affordable)
+    affordable = max(1, config.max_minutes * 60 / seconds_per_step) if config.max_minutes else planned
+    return planned, progress.total or int(min(planned, affordable))
 
 
 def refuse(config, saver, where, values, step):
@@ -344,7 +350,7 @@ def fit(config, dataset, model, optimizer, generator, about, progress):
 
     slow = 0.5 if sys.stderr.isatty() else 30  # seconds between two updates of the bar
     bar = tqdm(total=progress.total, initial=progress.step, unit="step", mininterval=slow, disable=not first)
-    with StopSignals() as signals, bar:
+    with StopSignals() as signals, bar, contextlib.closing(metrics) if first else contextlib.nullcontext():
         if watch and progress.step == 0:
             metrics.append({"step": 0, "epoch": 0.0, **look(config, watch, model, progress)})
         attempt = values = None
@@ -375,11 +381,12 @@ def fit(config, dataset, model, optimizer, generator, about, progress):
                 bar.set_postfix_str(f"loss {values['loss']:.4f}, {rate:.0f} images/s", refresh=False)
                 if config.max_minutes:  # fit what is left of the schedules to what is left of the time
                     left = (config.max_minutes * 60 - progress.seconds) * rate / images_per_step
-                    bar.total = progress.total = parallel.from_first(min(planned, progress.step + max(0, int(left))))
+                    bar.total = progress.total = parallel.from_first(int(min(planned, progress.step + max(0, left))))
             saver.save_if_due()
         saver.save()
-    if first:
-        metrics.close()
+    if first and saver.step != progress.step:
+        raise UsageError(f"the weights are no finite numbers after step {progress.step:,}; lower --lr (now {config.lr:g}) or set "
+                         "--clip-grad 1")
     if progress.step < progress.total:
         if first:
             print(f"stopped at step {progress.step:,} of {progress.total:,}; go on with: python train.py --out {folder} --resume")

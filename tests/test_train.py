@@ -8,8 +8,6 @@ import pathlib
 import re
 import shlex
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -270,41 +268,6 @@ def test_every_preset_builds_its_model_and_masks(name):
         model = methods.build(config)
     masks = model.masking(64, torch.Generator().manual_seed(0))
     assert len(masks.context) == 64 and masks.targets.shape[1] == config.num_targets
-
-
-def test_wrong_values_get_one_clear_line_and_exit_code_2(tmp_path):
-    """Run in this process but for three: the message is the same, and a process takes seconds to start."""
-    empty, grey = tmp_path / "empty", tmp_path / "float.npz"
-    empty.mkdir()
-    __import__("numpy").savez(grey, train_images=torch.zeros(4, 8, 8).numpy())
-    cases = [
-        (["--preset", "shape"], "preset 'shape' is none of shapes, cifar10"),
-        (["--patch-size", "5"], "--patch-size is 5: it must divide the image size of 24"),
-        (["--epochs", "0"], "--epochs is 0: it must be 1 or more"),
-        (["--epochs", "ten"], "argument --epochs: invalid int value: 'ten'"),
-        (["--bath-size", "8"], "nearest: --batch-size"),
-        (["--max-minutes", "inf"], "--max-minutes is inf: it must be a finite number"),
-        (["--seed", "100000000000000"], "--seed is"),
-        (["--loss", "l1"], "--loss is l1: choose one of smooth_l1, l2"),
-        (["--target-scale", "0.3", "0.2"], "--target-scale is"),
-        (["--encoder", "65x2x4"], "multiple of 4"),
-        (["--patch-size", "12"], "2x2 grid"),
-        (["--batch-size", "4096"], "fewer than one step"),
-        (["--dataset", "cifr10"], "nearest: cifar10"),
-        (["--dataset", empty], "no image in"),
-        (["--dataset", grey, "--image-size", "8"], "expected uint8"),
-        (["--resume"], "--resume needs --out"),
-        (["--resume", "--out", empty], "holds no checkpoint.pt"),
-        (["--preset", "stl10", "--split", "all"], "split of stl10 'all'"),
-    ]
-    for arguments, message in cases:
-        with pytest.raises(UsageError) as error:
-            train.main([*map(str, arguments), *([] if "--resume" in arguments else ["--out", str(tmp_path / "run")])])
-        assert message in str(error.value) and "\n" not in str(error.value), arguments
-        assert not (tmp_path / "run").exists()  # nothing is left behind by a run that never began
-    for arguments in (["train.py", "--preset", "shape"], ["train.py", "--bogus", "1"], ["evaluate.py", empty]):
-        done = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT)
-        assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error: ")
 
 
 # --- numbers -----------------------------------------------------------------------------------------------------------
