@@ -128,6 +128,12 @@ PRESETS = {
         crop_scale=(0.3, 1.0), epochs=300, batch_size=64, accumulation=32, warmup=40 / 300, lr_start=2e-4, min_keep=10,
         mask_mode="truncate",
     ),
+    # A few thousand small images and a few hundred steps, as arrays given to estimator.py. So few steps need a high rate, and so high a
+    # rate a long warmup: without it the features of different images become alike at first, and the run ends before they part again.
+    "small": dict(
+        image_size=32, patch_size=8, encoder="48x2x2", predictor="32x1x2", num_targets=2, epochs=30, batch_size=64, lr=6e-3, lr_start=6e-4,
+        lr_final=1e-3, warmup=0.5, betas=(0.9, 0.95), weight_decay=0.1, weight_decay_final=0.1, momentum=0.98, momentum_final=0.98,
+    ),
 }
 
 

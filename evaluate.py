@@ -14,6 +14,7 @@ import datetime
 import functools
 import hashlib
 import json
+import math
 import os
 import platform
 import re
@@ -46,20 +47,21 @@ PIXEL_SIDE = {4: 32, 5: 16}  # larger images (volumes) are shrunk to this for th
 
 def at_once(image_size):
     """Images in a batch: 512, and fewer above 96 pixels, so that what a huge encoder computes on the way fits in memory."""
-    return max(1, min(512, 512 * 96**2 // image_size**2))
+    pixels = image_size**2 if isinstance(image_size, int) else math.prod(image_size)
+    return max(1, min(512, 512 * 96**2 // pixels))
 
 
 @torch.no_grad()
-def features(encoder, dataset, image_size, device, batch_size=None, layers=None):
+def features(encoder, dataset, image_size, device, batch_size=None, layers=None, quiet=None):
     """Average of the patch tokens of every image, float32 [n, D] on the CPU, the encoder's mode left as found (appendix A.2).
 
-    With layers=L those of the last L blocks (or as many as there are), [n, L, D].
+    With layers=L those of the last L blocks (or as many as there are), [n, L, D]. quiet: no progress bar; None: one on terminals only.
     """
     was_training, batch_size = encoder.training, batch_size or at_once(image_size)
     encoder.eval()
     pooled, total = [], -(-len(dataset) // batch_size)
     try:
-        for images in tqdm(data.batches(dataset, batch_size, image_size, device), "features", total, leave=False, disable=None):
+        for images in tqdm(data.batches(dataset, batch_size, image_size, device), "features", total, leave=False, disable=quiet):
             tokens = encoder(images) if layers is None else torch.stack(encoder(images, return_layers=layers), 1)  # [B, (L,) N, D]
             pooled.append(tokens.float().mean(-2).cpu())  # [B, (L,) D]
     finally:
