@@ -6,6 +6,8 @@
 # make comparison  I-JEPA, MAE and supervision, three seeds (hours on a CPU; stopped, it goes on where it was)
 # make ablations   the paper's ablations at our scale, three seeds (hours on a CPU)
 # make collapse  what each safeguard against collapse is worth (minutes)
+# make streaming   what a folder too large for memory costs: images/s, memory (minutes)
+# make torture     kills runs at random moments and injects faults: results/reliability.md (a quarter of an hour)
 # make probe-speed  time of the linear probe on 50,000 features
 # All make their own environment in .venv; all that a machine needs is make and Python 3.10 or newer.
 
@@ -14,7 +16,7 @@ RUN := .venv/bin/python
 # Threads that wait asleep, not spinning: as fast on an idle machine, many times faster on one that does something else too.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test notebooks results probe-speed collapse comparison ablations lint clean
+.PHONY: demo test notebooks results probe-speed streaming torture collapse comparison ablations lint clean
 
 .venv/ready: requirements.txt constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -35,7 +37,7 @@ demo: .venv/ready
 	@echo; echo "All of it lies in runs/demo: metrics.csv, encoder.pt, evaluation.json, and the figures named above."
 
 test: .venv/tested
-	$(RUN) -m pytest tests
+	OMP_NUM_THREADS=1 $(RUN) -m pytest tests -n auto --maxprocesses 4 --dist loadfile
 
 notebooks: .venv/ready
 	$(RUN) tests/run_notebooks.py
@@ -48,6 +50,12 @@ results: .venv/ready
 
 probe-speed: .venv/ready
 	$(RUN) tests/measure_probe.py > probe.tmp && mv probe.tmp results/probe_speed.json
+
+streaming: .venv/ready
+	$(RUN) tests/measure_streaming.py --files 20000 > streaming.tmp && mv streaming.tmp results/streaming.json
+
+torture: .venv/tested
+	$(RUN) tests/torture.py
 
 collapse: .venv/ready
 	$(RUN) tests/measure_collapse.py > collapse.tmp && mv collapse.tmp results/collapse.json

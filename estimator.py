@@ -206,11 +206,11 @@ class IJEPATransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
 
     @staticmethod
     def _in_our_words(function, *given, **named):
-        """Call the function; where its UsageError begins with a flag, as in --patch-size, it begins with the parameter instead."""
+        """Call the function; where its UsageError names a flag, as in --patch-size, name the parameter instead."""
         try:
             return function(*given, **named)
         except UsageError as error:
-            raise UsageError(re.sub(r"^--([\w-]+)", lambda flag: flag[1].replace("-", "_"), str(error))) from None
+            raise UsageError(re.sub(r"--(\w[\w-]+)", lambda flag: flag[1].replace("-", "_"), str(error))) from None
 
     def _config(self, images, seed):
         """The Config of these parameters for images [n, C, (T,) H, W]."""
@@ -238,7 +238,7 @@ class IJEPATransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
         config, device, dataset = self._config(images, seed), self._device(), self._dataset(images)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            model = methods.build(config, images.shape[1], images.ndim - 2).to(device).train()
+            model = self._in_our_words(methods.build, config, images.shape[1], images.ndim - 2).to(device).train()
         optimizer, losses = train.build_optimizer(config, model), []
         if going_on:
             losses = self.loss_curve_

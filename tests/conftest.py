@@ -6,3 +6,4 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported
+os.environ.setdefault("SCIPY_ARRAY_API", "1")  # read when scipy is imported: lets scikit-learn's check of other array types run

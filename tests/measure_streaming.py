@@ -5,6 +5,7 @@ small disk; every one is opened and decoded as if it were its own.
 """
 
 import argparse
+import contextlib
 import datetime
 import io
 import json
@@ -60,7 +61,8 @@ def main():
         kilobytes = sum((place / f"class{i % 10}" / f"{i:06}.jpg").stat().st_size for i in range(args.originals)) / args.originals / 1000
         folder.MEMORY_LIMIT = 0  # as if it did not fit
         start = time.perf_counter()
-        dataset = data.load(str(place), image_size=args.size)
+        with contextlib.redirect_stdout(sys.stderr):
+            dataset = data.load(str(place), image_size=args.size)
         listed = time.perf_counter() - start
         used, seen, start = [], 0, time.perf_counter()
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))

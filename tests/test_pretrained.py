@@ -490,11 +490,11 @@ def test_what_evaluate_cannot_do_is_one_line(run, tmp_path):
     cases = [
         ([], "name run folders, or one encoder with --pretrained"),
         ([folder, "--pretrained", "x", "--dataset", "shapes"], "name run folders, or one encoder with --pretrained"),
-        (["--pretrained", "x"], "--pretrained needs --dataset"),
-        ([folder, "--out", "x"], "--out is for --pretrained"),
+        (["--pretrained", "x"], "--pretrained is x: it needs --dataset"),
+        ([folder, "--out", "x"], "--out is x: it is for --pretrained"),
         (["--pretrained", "nowhere.pth.tar", "--dataset", "shapes"], "'nowhere.pth.tar' is none of"),
         (["--pretrained", folder, "--dataset", "shapes"], "a run's encoder is its file encoder.pt"),
-        (["--pretrained", folder / "encoder.pt", "--dataset", grey], "has 1 channels, the encoder takes 3"),
+        (["--pretrained", folder / "encoder.pt", "--dataset", grey], "has images of 1 channels and 2 axes, the encoder of"),
         (["--pretrained", grey, "--dataset", "shapes"], "cannot be read"),
     ]
     for words, message in cases:

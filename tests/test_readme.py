@@ -93,3 +93,24 @@ def test_only_without_the_stop_gradient_did_the_features_collapse_and_those_runs
         assert (run["rows"][-1]["target_std"] < 0.05) == collapsed == bool(run["warnings"])
     healthy, collapsed = (variants[name]["rows"][-1]["held_out_loss"] for name in ("as it is", "no stop-gradient"))
     assert f"{collapsed:.4f}".lstrip("0") in README and f"{healthy:.2f}".lstrip("0") in README and healthy / collapsed > 490
+
+
+def test_the_digits_are_those_of_the_committed_file():
+    run = json.loads((ROOT / "results/digits.json").read_text())
+    words = " and ".join(f"{statistics.mean(run[name]):.3f} ± {statistics.stdev(run[name]):.3f}" for name in ("pretrained", "untrained"))
+    assert words.replace("0.", ".") in README
+    assert f"prints {run['pretrained'][0]:.2f}, with `epochs=0` {run['untrained'][0]:.2f}".replace("0.", ".") in README
+
+
+def test_what_decoding_costs_is_the_committed_measurement():
+    run = json.loads((ROOT / "results/streaming.json").read_text())
+    rate = run["images_per_second"]
+    assert f"decodes {rate:.0f} made-up photographs" in README and f"about {1000 / rate:.0f} such cores" in README
+    assert f"in about {1_281_167 / rate / 16 / 60:.0f} minutes" in README
+    assert run["workers"] == 1 and abs(run["memory_slope_bytes_per_image"]) < 1500  # a hundredth of an image
+
+
+def test_no_kill_and_no_fault_lost_anything():
+    found = json.loads((ROOT / "results/reliability.json").read_text())
+    assert found["kills"]["all"] >= 50 and found["kills"]["writing"] >= 10 and found["broken"] == found["different"] == 0
+    assert all(row["passed"] == row["tests"] > 0 for row in found["faults"].values())
