@@ -28,7 +28,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 STEPS = 400
 FAULTS = {  # what is tried -> the tests that try it
     "checkpoints: full disk, lying disk, truncated and foreign files": ["test_checkpoint.py"],
-    "numbers that are none, resume to the bit, memory over 2,000 steps": ["test_train.py"],
+    "numbers that are none, resume to the bit, cut logs, memory over 2,000 steps": ["test_train.py", "test_logs.py"],
     "downloads: a server that drops, truncates, corrupts, stalls, refuses": ["test_download.py"],
     "bad images, folders and archives": ["test_bad_data.py"],
     "wrong settings on three command lines, and settings drawn at random": ["test_settings.py"],
