@@ -68,11 +68,11 @@ def test_every_file_and_preset_the_readme_names_exists():
     assert links and all((ROOT / link).exists() for link in links)
     assert set(re.findall(r"--preset ([a-z0-9-]+)", README)) <= set(config.PRESETS)
     settings = vars(config.Config())
-    flags = {"--" + name.replace("_", "-") for name in settings} | {"--resume", "--help"}
+    flags = {"--" + name.replace("_", "-") for name in settings} | {"--help", "--nproc_per_node", "--max-restarts"}  # two are torchrun's
     flags |= {"--no-" + name.replace("_", "-") for name, value in settings.items() if isinstance(value, bool)}
-    for script in ("evaluate.py", "predict_and_visualize.py"):
+    for script in ("train.py", "evaluate.py", "predict_and_visualize.py"):
         flags |= set(re.findall(r'add_argument\("(--[a-z-]+)"', (ROOT / script).read_text(encoding="utf-8")))
-    assert set(re.findall(r"(?<![-\w])--[a-z][a-z-]+", README)) <= flags
+    assert set(re.findall(r"(?<![-\w])--[a-z][a-z_-]+", README)) <= flags
 
 
 def test_the_committed_shapes_runs_are_healthy_by_every_measure():
