@@ -74,7 +74,7 @@ def test_the_readmes_five_lines_beat_the_same_pipeline_with_an_untrained_encoder
     random = clone(model).set_params(ijepatransformer__epochs=0).fit(X[:1200], y[:1200]).score(X[1200:], y[1200:])
     # Both accuracies are fractions of 597 images: the deviation of a difference is at most 2.3 points around 80%.
     assert trained > random + 0.05
-    said = re.search(r"prints about \.(\d+), with `epochs=0` about \.(\d+)", README)
+    said = re.search(r"prints \.(\d+), with `epochs=0` \.(\d+)", README)
     for found, percent in ((trained, said[1]), (random, said[2])):
         assert found == pytest.approx(float(f"0.{percent}"), abs=0.03)  # rounding differs between machines, and training amplifies it
 
