@@ -62,10 +62,11 @@ class Metrics:
                 writer.writeheader()
                 writer.writerows(kept)
 
-        self.others = [opened for opened in (tensorboard(config, folder, after), wandb(config, folder)) if opened]
+        starts = [tensorboard(config, folder, after), wandb(config, folder)]  # both are looked for before one is opened
         write(path, save)  # a kill between emptying the old file and filling it again would lose every row
         self.file = open(path, "a", newline="")
         self.writer = csv.DictWriter(self.file, self.COLUMNS)
+        self.others = [start() for start in starts if start]
 
     def append(self, row):
         """Write one row, a dict of COLUMNS -> number; it is on disk even if the machine loses its power now."""
@@ -95,24 +96,32 @@ def complete_rows(path):
 
 
 def tensorboard(config, folder, after):
-    """(log, end) of a TensorBoard writer in the run folder, or None where it was not asked for."""
+    """What opens a TensorBoard writer in the run folder and returns (log, end) of it; None where it was not asked for."""
     if not config.tensorboard:
         return None
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UsageError("--tensorboard needs a package that is not installed: pip install tensorboard") from None
-    writer = SummaryWriter(folder, purge_step=after + 1)  # on resume what came after the checkpoint is written anew
-    return lambda row, step: [writer.add_scalar(name, value, step) for name, value in row.items()], writer.close
+
+    def start():
+        writer = SummaryWriter(folder, purge_step=after + 1)  # on resume what came after the checkpoint is written anew
+        return lambda row, step: [writer.add_scalar(name, value, step) for name, value in row.items()], writer.close
+
+    return start
 
 
 def wandb(config, folder):
-    """(log, end) of a Weights & Biases run, or None where it was not asked for."""
+    """What opens a Weights & Biases run and returns (log, end) of it; None where it was not asked for."""
     if not config.wandb:
         return None
     try:
         import wandb
     except ImportError:
         raise UsageError(f"--wandb {config.wandb} needs a package that is not installed: pip install wandb") from None
-    run = wandb.init(project=config.wandb, name=folder.name, id=folder.name, resume="allow", config=asdict(config), dir=folder)
-    return lambda row, step: run.log(row, step=step), run.finish
+
+    def start():
+        run = wandb.init(project=config.wandb, name=folder.name, id=folder.name, resume="allow", config=asdict(config), dir=folder)
+        return lambda row, step: run.log(row, step=step), run.finish
+
+    return start

@@ -336,13 +336,13 @@ def fit(config, dataset, model, optimizer, generator, about, progress):
     planned, progress.total = plan(config, progress, per_epoch, seconds_per_step)
     if first:
         announce(config, model, dataset, device, progress, seconds_per_step)
-    metrics = Metrics(config, folder, progress.step) if first else None
-    if watch:
-        watch.first = metrics.first
     learner = parallel.wrap(model)
     stream = image_stream(config, dataset, device, generator, progress.step * config.accumulation)
     before, began, clock = progress.seconds, progress.step, time.perf_counter()
     saver = Saver(folder, config, model, optimizer, generator, progress, about)
+    metrics = Metrics(config, folder, progress.step) if first else None
+    if watch:
+        watch.first = metrics.first
 
     def due(times):
         """Whether this is one of about `times` steps spread over the run, or its last one."""

@@ -80,6 +80,14 @@ def test_a_log_that_is_not_installed_is_asked_for_in_one_line(tmp_path, monkeypa
         train.train(tiny(tmp_path, max_steps=2, **settings))
 
 
+def test_no_log_is_left_open_where_another_is_not_installed(tmp_path, monkeypatch):
+    """A TensorBoard writer has a thread, which would write on after the command was refused."""
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UsageError, match="--wandb"):
+        train.train(tiny(tmp_path, max_steps=2, tensorboard=True, wandb="students"))
+    assert not list(tmp_path.glob("events*"))
+
+
 def test_memory_stays_flat_over_2000_steps(tmp_path, monkeypatch):
     """With logs, measures and checkpoints on. The bound, 1 kB a step, is a leak of 300 MB in a day of training."""
     used, step = [], train.train_step
