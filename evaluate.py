@@ -294,6 +294,7 @@ def trained_heads(args, model, random, train_set, test_set, size, device, run_co
     for part in found.values():
         for head in part.values():
             del head["predictions"]
+            head.pop("model", None)  # of fine-tuning; not for JSON
     return found
 
 

@@ -57,7 +57,10 @@ class MAE(nn.Module):
 
     def forward(self, images, masks=None, generator=None):
         """images float [B, C, H, W]. In train mode, or given Masks -> Output(loss, predictions [B, 1, Nt, P], targets, the same); masks not
-        given are drawn from `generator`. In eval mode without masks -> the tokens of every patch [B, N, D]."""
+        given are drawn from `generator`. In eval mode without masks -> the tokens of every patch [B, N, D].
+
+        Output.tokens is None: no encoder sees the whole image in a step.
+        """
         if masks is None and not self.training:
             return self.context_encoder(images)  # [B, N, D]
         masks = (masks or self.masking(len(images), generator)).to(images.device)

@@ -22,7 +22,7 @@ class AblatedIJEPA(IJEPA):
 
     stop_gradient=False: the context encoder makes its own targets, and gradients reach them. target_norm=False: targets as they come.
     pixels=True: the targets are normalised pixels. masked_input=True: the target encoder sees one target block at a time and
-    nothing else (paper table 11).
+    nothing else (paper table 11). With one of the last two no encoder sees the whole image in a step, and Output.tokens is None.
     """
 
     def __init__(self, encoder, predictor, masking, loss, stop_gradient=True, target_norm=True, pixels=False, masked_input=False):
@@ -35,22 +35,22 @@ class AblatedIJEPA(IJEPA):
 
     def normalise(self, tokens):
         """Layer norm without affine parameters, or nothing: tokens [..., D] -> [..., D]."""
-        return F.layer_norm(tokens, tokens.shape[-1:]) if self.target_norm else tokens
+        return super().normalise(tokens) if self.target_norm else tokens
 
-    def target_tokens(self, images):
+    def encode_whole(self, images):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.stop_gradient):
-            return self.normalise(self.target_encoder(images))  # [B, N, D]
+            return self.target_encoder(images)  # [B, N, D]
 
-    def targets(self, images, masks):
+    def targets_and_tokens(self, images, masks):
         if self.pixels:
-            return take(mae.pixel_targets(images, self.context_encoder.patch_size), masks.targets)  # [B, M, Nt, P]
+            return take(mae.pixel_targets(images, self.context_encoder.patch_size), masks.targets), None  # [B, M, Nt, P]
         if not self.masked_input:
-            return take(self.target_tokens(images), masks.targets)  # [B, M, Nt, D]
+            return super().targets_and_tokens(images, masks)  # [B, M, Nt, D], [B, N, D]
         (B, M), valid = masks.targets.shape[:2], masks.targets_valid
         valid = None if valid is None else valid.flatten(0, 1)  # [B*M, Nt]
         with torch.no_grad():
             tokens = self.target_encoder(images.repeat_interleave(M, 0), masks.targets.flatten(0, 1), valid)  # [B*M, Nt, D]
-            return self.normalise(tokens).unflatten(0, (B, M))  # [B, M, Nt, D]
+            return self.normalise(tokens).unflatten(0, (B, M)), None  # [B, M, Nt, D]
 
 
 class Supervised(nn.Module):
@@ -67,7 +67,8 @@ class Supervised(nn.Module):
         return self.context_encoder
 
     def forward(self, images, labels=None, generator=None):
-        """images float [B, C, H, W] with labels int64 [B] -> Output(loss, logits [B, K], labels); without -> tokens [B, N, D].
+        """images float [B, C, H, W] with labels int64 [B] -> Output(loss, logits [B, K], labels, tokens [B, N, D]); without
+        labels -> the tokens alone.
 
         There is no mask to draw from the loop's generator.
         """
@@ -75,7 +76,7 @@ class Supervised(nn.Module):
         if labels is None:
             return tokens
         logits = self.head(tokens.mean(1))  # [B, K]
-        return Output(F.cross_entropy(logits, labels), logits, labels)
+        return Output(F.cross_entropy(logits, labels), logits, labels, tokens.detach())
 
     def update_target(self, momentum):
         """Nothing: there is no target encoder that follows."""

@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from config import UsageError, near
+from config import UsageError, check_known, near
 from masking import MultiBlockMasking
 
-Output = namedtuple("Output", "loss predictions targets")  # loss [], predictions [B, M, Nt, D], targets [B, M, Nt, D]
+# loss []; predictions and targets [B, M, Nt, D]; tokens [B, N, D] of the whole image, detached: what an online probe reads, or None.
+Output = namedtuple("Output", "loss predictions targets tokens", defaults=(None,))
 
 # Named encoders: width, depth, heads, MLP ratio (ViT papers; huge and giant as in I-JEPA's appendix A.1).
 SIZES = {
@@ -69,9 +70,12 @@ def patchify(images, patch_size):
 
 
 def unpatchify(patches, grid, patch_size):
-    """`patchify` undone, in two dimensions: [B, N, C * patch_size**2] with N = rows * columns of the grid -> [B, C, H, W]."""
-    tiles = patches.unflatten(1, grid).unflatten(-1, (-1, patch_size, patch_size))  # [B, H/p, W/p, C, p, p]
-    return tiles.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)  # [B, C, H, W]
+    """`patchify` undone: [B, N, C * patch_size**2] with N = rows * columns of the grid -> [B, C, H, W], in three axes likewise."""
+    axes = len(grid)
+    tiles = patches.unflatten(1, grid).unflatten(-1, (-1, *[patch_size] * axes))  # [B, H/p, W/p, C, p, p]
+    pairs = [axis for i in range(axes) for axis in (1 + i, 2 + axes + i)]  # each axis of the grid beside its pixels
+    images = tiles.permute(0, 1 + axes, *pairs)  # [B, C, H/p, p, W/p, p]
+    return images.reshape(*images.shape[:2], *(side * patch_size for side in grid))  # [B, C, H, W]
 
 
 class PatchEmbed(nn.Module):
@@ -277,42 +281,64 @@ def prediction_loss(predictions, targets, valid=None, kind="smooth_l1"):
 class IJEPA(nn.Module):
     """The whole method: context encoder, predictor, and target encoder (an EMA of the context encoder).
 
-    encoder: an Encoder, a size name, or any module with `.width`, `.grid` and the call signature of `Encoder.forward`;
-    predictor: 'width x depth x heads'; masking: a MultiBlockMasking, by default the paper's on the encoder's grid;
-    loss: 'smooth_l1' or 'l2'. `shape` (image_size, patch_size, channels, axes) goes to Encoder where `encoder` is a name.
+    encoder: an Encoder, a size name, or any module with `.width` (D), `.grid` (patches along each axis) and the call
+    `encoder(images, indices=None, valid=None)` of `Encoder.forward`; predictor: 'width x depth x heads'; masking: a MultiBlockMasking,
+    by default the paper's on the encoder's grid; loss: 'smooth_l1' or 'l2'; probe: the encoder whose tokens Output carries, 'target', or
+    'context', which then encodes each whole image once more. `shape` (image_size, patch_size, channels, axes) goes to Encoder where
+    `encoder` is a name. Raises UsageError for another probe, and for sizes that do not go together.
     """
 
-    def __init__(self, encoder="base", predictor="384x6x12", masking=None, loss="smooth_l1", **shape):
+    def __init__(self, encoder="base", predictor="384x6x12", masking=None, loss="smooth_l1", probe="target", **shape):
         super().__init__()
+        check_known("probe", probe, ("target", "context"))
         self.context_encoder = Encoder(encoder, **shape) if isinstance(encoder, str) else encoder
         self.target_encoder = copy.deepcopy(self.context_encoder).requires_grad_(False)
         self.predictor = Predictor(predictor, self.context_encoder.width, self.context_encoder.grid)
         self.masking = masking or MultiBlockMasking(self.context_encoder.grid)
-        self.loss = loss
+        self.loss, self.probe = loss, probe
 
     def forward(self, images, masks=None, generator=None):
-        """images float [B, C, H, W]. In train mode, or given Masks -> Output(loss, predictions, targets); masks not given are
-        drawn from `generator`. In eval mode without masks -> the target encoder's tokens of every patch [B, N, D]."""
+        """images float [B, C, H, W]. In train mode, or given Masks -> Output(loss, predictions, targets, tokens); masks not given are
+        drawn from `generator`. In eval mode without masks -> the target encoder's tokens of every patch [B, N, D].
+
+        The mean of Output.tokens over the patches is the image's feature, as evaluate.features gives it.
+        """
         if masks is None and not self.training:
             return self.target_encoder(images)  # [B, N, D]
         if hasattr(self.context_encoder, "image_size") and tuple(images.shape[2:]) != self.context_encoder.image_size:
             raise UsageError(f"the model was built for images of {self.context_encoder.image_size} pixels, got {tuple(images.shape[2:])}")
         masks = (masks or self.masking(len(images), generator)).to(images.device)
-        targets = self.targets(images, masks)  # [B, M, Nt, D]
+        targets, tokens = self.targets_and_tokens(images, masks)  # [B, M, Nt, D], [B, N, D]
         context = self.context_encoder(images, masks.context, masks.context_valid)  # [B, Nc, D]
         predictions = self.predictor(context, masks)  # [B, M, Nt, D]
-        return Output(prediction_loss(predictions, targets, masks.targets_valid, self.loss), predictions, targets)
+        if self.probe == "context":
+            # After the pass that needs gradients: older torch's autocast would hand it the weights cast here (PyTorch issue 158232).
+            with torch.no_grad():
+                tokens = self.context_encoder(images)  # [B, N, D]
+        return Output(prediction_loss(predictions, targets, masks.targets_valid, self.loss), predictions, targets, tokens)
 
     @torch.no_grad()
-    def target_tokens(self, images):
-        """What the target encoder makes of the whole image [B, N, D], layer-normed without affine parameters; no gradient reaches it."""
-        tokens = self.target_encoder(images)  # [B, N, D]
+    def encode_whole(self, images):
+        """What the target encoder makes of the whole image [B, N, D]; no gradient reaches it."""
+        return self.target_encoder(images)  # [B, N, D]
+
+    def normalise(self, tokens):
+        """Layer norm without affine parameters: tokens [..., D] -> [..., D]."""
         return F.layer_norm(tokens, tokens.shape[-1:])
+
+    def target_tokens(self, images):
+        """The target encoder's tokens of the whole image, layer-normed [B, N, D]: what targets are cut out of."""
+        return self.normalise(self.encode_whole(images))
 
     def targets(self, images, masks):
         """What is to be predicted [B, M, Nt, D]: the whole image is encoded, and only then are the blocks cut out (paper table 11:
         masking the target encoder's output beats masking its input)."""
-        return take(self.target_tokens(images), masks.targets)  # [B, M, Nt, D]
+        return self.targets_and_tokens(images, masks)[0]
+
+    def targets_and_tokens(self, images, masks):
+        """What is to be predicted [B, M, Nt, D], and the tokens it is cut out of as the target encoder gives them, detached [B, N, D]."""
+        tokens = self.encode_whole(images)  # [B, N, D]
+        return take(self.normalise(tokens), masks.targets), tokens.detach()
 
     @torch.no_grad()
     def update_target(self, momentum):

@@ -312,7 +312,8 @@ def attentive_probe(train_tokens, train_y, test_tokens, test_y, epochs=20, seed=
 
 def fine_tune(encoder, train_set, test_set, image_size, device, epochs=20, layer_decay=0.75, smoothing=0.1, crop_scale=(0.5, 1.0),
               flip=True, seed=0, rates=(5e-4, 2e-3, 8e-3)):
-    """Train a copy of the encoder with a linear head on labelled ImageDatasets (paper A.2): `accuracy`, `rate`, `held_out_accuracy`.
+    """Train a copy of the encoder with a linear head on labelled ImageDatasets (paper A.2): `accuracy`, `rate`, `held_out_accuracy`,
+    `predictions`, and `model`, the trained Classifier in eval mode.
 
     layer_decay: rate of a layer over that of the one above; smoothing: of the labels. The rate is chosen on a tenth of the
     training images. The encoder given is left as it is.
@@ -334,4 +335,4 @@ def fine_tune(encoder, train_set, test_set, image_size, device, epochs=20, layer
         model, rate, held = choose_rate(train, lambda model, numbers: classes(model, train_set.subset(numbers)), labels, seed, rates)
     predictions = classes(model, test_set)
     return {"accuracy": (predictions == test_set.labels).float().mean().item(), "rate": rate, "held_out_accuracy": held,
-            "predictions": predictions}
+            "predictions": predictions, "model": model}

@@ -1,7 +1,6 @@
 """I-JEPA as a scikit-learn transformer: scikit-learn's own checks, its pipelines and searches, every layout, seeds, pickles, going on."""
 
 import importlib.util
-import pathlib
 import pickle
 import re
 
@@ -20,8 +19,8 @@ import data
 import evaluate
 from config import UsageError
 from estimator import LAYOUTS, IJEPATransformer, find_layout
+from test_readme import README, snippets
 
-README = (pathlib.Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (20, 3, 8, 12), dtype=np.uint8)  # [n, C, H, W], no two sides alike
 DIGITS = load_digits().images[:64].astype(np.float32)  # [n, 8, 8]
@@ -66,9 +65,8 @@ def test_set_output_names_the_columns(library):
 
 
 def test_the_readmes_five_lines_beat_the_same_pipeline_with_an_untrained_encoder(capsys):
-    snippet = re.search(r"## Use it in five lines.*?```python\n(.*?)```", README, re.DOTALL)[1]
     names = {}
-    exec(snippet, names)
+    exec(*snippets("scikit-learn"), names)
     trained, model = float(capsys.readouterr().out), names["model"]
     X, y = names["X"], names["y"]
     random = clone(model).set_params(ijepatransformer__epochs=0).fit(X[:1200], y[:1200]).score(X[1200:], y[1200:])

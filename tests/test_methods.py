@@ -118,6 +118,19 @@ def test_a_masked_input_hides_the_rest_of_the_image_from_the_target_encoder():
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_every_method_offers_a_probe_the_whole_images_tokens_or_none_where_no_encoder_sees_it(method):
+    torch.manual_seed(0)
+    model = methods.build(tiny(method=method, **({"context_size": 0} if "mae" not in method else {})), classes=10).train()
+    output = model(images(), labels=torch.arange(4)) if method == "supervised" else model(images())
+    if method in ("mae", "ijepa-pixels", "ijepa-masked-input"):
+        assert output.tokens is None
+    else:
+        assert torch.equal(output.tokens, model.target_encoder(images())) and not output.tokens.requires_grad
+        output.loss.backward()  # the detached tokens leave the gradient's way as it was
+        assert all(p.grad is not None for p in model.context_encoder.parameters())
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_is_measured_and_is_probed(tmp_path, method, capsys):
     changes = {"context_size": 0} if "mae" not in method else {}
     train.train(tiny(method=method, out=str(tmp_path), measurements=2, **changes))

@@ -7,6 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import data
+import evaluate
 from config import UsageError, from_preset
 from masking import Masks, MultiBlockMasking
 from methods import build
@@ -206,6 +208,43 @@ def test_in_eval_mode_every_patch_is_encoded_by_the_target_encoder():
     assert model(images()).shape == (3, 36, 32)
 
 
+@pytest.mark.parametrize("probe", ["target", "context"])
+def test_an_outputs_tokens_are_the_whole_images_as_evaluation_sees_it_and_carry_no_gradient(probe):
+    model = small(probe=probe)
+    with torch.no_grad():
+        model.context_encoder.norm.bias.add_(1.0)  # now the two encoders differ
+    tokens = model(images(), draw()).tokens
+    assert torch.equal(tokens, getattr(model, f"{probe}_encoder")(images())) and not tokens.requires_grad
+    pixels = torch.randint(0, 256, (3, 3, 24, 24), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    dataset = data.ImageDataset("noise", pixels, None, None, (0.5,) * 3, (0.25,) * 3)
+    tokens = model(*data.batches(dataset, 3, 24)).tokens
+    assert torch.equal(tokens.mean(1), evaluate.features(getattr(model, f"{probe}_encoder"), dataset, 24, "cpu"))
+
+
+def test_the_target_encoders_tokens_cost_no_pass_and_the_context_encoders_one():
+    for probe, passes in (("target", ["context", "target"]), ("context", ["context", "context", "target"])):
+        model, seen = small(probe=probe), []
+        for name in ("context", "target"):
+            getattr(model, f"{name}_encoder").register_forward_hook(lambda *_, name=name, seen=seen: seen.append(name))
+        model(images(), draw())
+        assert sorted(seen) == passes
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_what_a_probe_reads_changes_no_gradient(precision):
+    """In bf16 too, where older torch would hand weights cast for the probe, without gradient, to the pass that is to learn."""
+    gradients = []
+    for probe in ("target", "context"):
+        model = small(probe=probe)
+        with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+            output = model(images(), draw())
+        output.loss.backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
+    with pytest.raises(UsageError, match="probe 'contxt' is none of target, context; nearest: context"):
+        small(probe="contxt")
+
+
 def test_in_train_mode_the_model_draws_its_own_masks():
     model = small()
     first, second = (model(images(), generator=torch.Generator().manual_seed(3)) for _ in range(2))
@@ -214,13 +253,13 @@ def test_in_train_mode_the_model_draws_its_own_masks():
 
 def test_an_encoder_of_ones_own_can_be_passed_in():
     class Linear(torch.nn.Module):
-        """The least that IJEPA asks of an encoder: .width, .grid and the call signature."""
+        """The least that IJEPA asks of an encoder: .width, .grid and the call."""
 
         def __init__(self):
             super().__init__()
             self.width, self.grid, self.embed = 24, (6, 6), PatchEmbed(4, 3, 24)
 
-        def forward(self, images, indices=None, valid=None, return_layers=None):
+        def forward(self, images, indices=None, valid=None):
             tokens = self.embed(images)
             return tokens if indices is None else take(tokens, indices)
 

@@ -10,8 +10,6 @@ import hashlib
 import http.server
 import json
 import os
-import pathlib
-import re
 import sys
 import threading
 
@@ -32,9 +30,8 @@ import pretrained
 from config import UsageError
 from masking import Masks
 from models import IJEPA, Encoder
+from test_readme import snippets
 from test_train import few_shapes  # noqa: F401 (the fixture works by being here)
-
-README = (pathlib.Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
 
 # --- the official format, made up and computed once more ------------------------------------------------------------------
@@ -506,20 +503,15 @@ def test_what_evaluate_cannot_do_is_one_line(run, tmp_path):
 # --- the README's two snippets ---------------------------------------------------------------------------------------------
 
 
-def snippets():
-    section = README.split("## Official and Hugging Face weights", 1)[1].split("\n## ", 1)[0]
-    return re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-
-
 @torch.no_grad()
 def test_the_readmes_snippets_run(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
     torch.save(made_up_official(patch=14, side=16), tmp_path / "data" / "IN1K-vit.h.14-300e.pth.tar")
     official, hugging_face = ({} for _ in range(2))
-    exec(snippets()[0], official)
+    exec(*snippets("Official weights"), official)
     assert official["features"].shape == (1, 192) and (tmp_path / "mine.pth.tar").exists()
-    exec(snippets()[1], hugging_face)
+    exec(*snippets("Hugging Face"), hugging_face)
     torch.manual_seed(0)
     images = torch.randn(2, 3, 24, 24)
     expected = run[1].target_encoder(images)

@@ -218,3 +218,5 @@ def test_fine_tuning_learns_what_frozen_features_do_not_hold_and_leaves_the_enco
                              crop_scale=(1.0, 1.0), flip=False)
     assert found["accuracy"] > 0.9 and found["rate"] in (4e-3, 8e-3)
     assert all(torch.equal(p, old) for p, old in zip(encoder.parameters(), before))
+    again = probes.predict(found["model"], data.batches(brightness(100, 1), 50, 8))
+    assert torch.equal(again, found["predictions"])  # the classifier that comes back is the one that was judged

@@ -1,4 +1,4 @@
-"""The README's numbers are those of results/, and its commands and files exist."""
+"""The README's numbers are those of results/, its commands and files exist, and every piece of Python in it is run by a test."""
 
 import csv
 import json
@@ -13,11 +13,26 @@ ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+def snippets(heading):
+    """The Python under a heading of the README, a string for each block, as far as the next heading of any level."""
+    section = re.split(rf"^#+ {re.escape(heading)}$", README, flags=re.MULTILINE)[1]
+    text = re.split(r"^##+ ", section, flags=re.MULTILINE)[0]
+    return re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+
+
 def table_row(name, heading):
     """The numbers of the row that starts with `name` in the README's section `heading`."""
     section = README.split(heading, 1)[1].split("\n#", 1)[0]
     row = next(line for line in section.splitlines() if line.startswith(f"| {name} "))
     return [cell.strip() for cell in row.strip("|").split("|")[1:]]
+
+
+def test_every_piece_of_python_in_the_readme_is_run_by_a_test():
+    headings = re.findall(r"^##+ (.*)$", README, re.MULTILINE)
+    shown = {heading for heading in headings if snippets(heading)}
+    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+    assert shown == set(re.findall(r'\bsnippets\("(.+?)"\)', tests))
+    assert sum(len(snippets(heading)) for heading in shown) == README.count("```python")
 
 
 def test_the_shapes_table_is_the_mean_and_deviation_of_the_three_committed_runs():
