@@ -33,7 +33,7 @@ SEEDS = f"a whole number from 0 to {LARGEST}"
 class Config:
     # Data
     preset: str = setting("shapes", "named recipe that the other flags change")
-    dataset: str = setting("shapes", "shapes, cifar10, cifar100, stl10, an image folder, or a MedMNIST .npz file")
+    dataset: str = setting("shapes", "shapes, shapes3d, cifar10, cifar100, stl10, organmnist3d (or its like), an image folder, a .npz")
     split: str = setting("train", "images to pretrain on; stl10 also has unlabeled and train+unlabeled")
     data_dir: str = setting("data", "folder that holds, or receives, the downloaded archives")
     image_size: int = setting(24, "side of the training crop, pixels (paper 224)")
@@ -68,6 +68,8 @@ class Config:
     epochs: int = setting(10, "passes over the training images (paper 300 to 600)")
     batch_size: int = setting(128, "images in one forward pass (paper 2048 over 16 GPUs)")
     accumulation: int = setting(1, "forward passes to an optimizer step; the step sees batch_size x accumulation images")
+    recompute: bool = setting(False, "compute each block's activations again in the backward pass instead of keeping them: less memory, "
+                                     "about a third more time")
     optimizer: str = setting("adamw", "adamw (paper), adam or sgd", ("adamw", "adam", "sgd"))
     betas: tuple[float, float] = setting((0.9, 0.999), "Adam's two decay rates; sgd takes the first as its momentum")
     schedule: str = setting("cosine", "learning rate after the warmup: cosine (paper) or constant", ("cosine", "constant"))
@@ -105,6 +107,17 @@ PRESETS = {
     # Embedded images, a laptop CPU, minutes. So short a run wants a high rate and a target that keeps up with the context encoder:
     # a momentum that rises to 1 would freeze it before the end.
     "shapes": dict(lr=4e-3, lr_start=4e-4, weight_decay_final=0.04, momentum=0.99, momentum_final=0.99, context_size=12),
+    # Embedded volumes, likewise.
+    "shapes3d": dict(
+        dataset="shapes3d", image_size=20, lr=4e-3, lr_start=4e-4, weight_decay_final=0.04, momentum=0.99, momentum_final=0.99,
+        context_size=16, patch_size=5, epochs=20,
+    ),
+    # Volumes of organs, 28 voxels a side; a name of its like, as nodulemnist3d, may be given with --dataset. There are a thousand only, so
+    # the epochs are many; no mirroring, for left and right organs are two classes.
+    "medmnist3d": dict(
+        dataset="organmnist3d", image_size=28, patch_size=7, encoder="192x6x3", predictor="96x4x2", crop_scale=(0.6, 1.0), epochs=300,
+        batch_size=64, lr=1e-3, context_size=16,
+    ),
     "cifar10": CIFAR,
     "cifar100": dict(CIFAR, dataset="cifar100"),
     "stl10": dict(

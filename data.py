@@ -1,4 +1,4 @@
-"""Images in, batches out: embedded shapes, CIFAR-10/100, STL-10, image folders and MedMNIST-style .npz files.
+"""Images in, batches out: embedded shapes and solids, CIFAR-10/100, STL-10, image folders and MedMNIST-style .npz files.
 
 `load` gives an `ImageDataset`, whose images stay in memory as uint8; `batches` moves one batch at a time to the
 device and normalises, crops and flips it there, all images at once. A small dataset then needs no loader processes.
@@ -17,14 +17,17 @@ import torch
 import torch.nn.functional as F
 
 import shapes
+import solids
 from config import UsageError, check_known
-from download import ARCHIVES, fetch, one_line
+from download import ARCHIVES, VOLUMES, fetch, fetch_volumes, one_line
 from folder import LazyFolder, read_folder
 
-NAMES = ("shapes", *ARCHIVES)  # data sets with a name of their own; their images are flat, in three channels
+# Data sets with a name of their own: channels and axes of their images, (1, 3) for volumes.
+NAMES = {**dict.fromkeys(("shapes", *ARCHIVES), (3, 2)), **dict.fromkeys(("shapes3d", *VOLUMES), (1, 3))}
 # Mean and standard deviation of each channel over the training images, pixels scaled to 0..1.
 STATISTICS = {
     "shapes": ((0.436, 0.436, 0.436), (0.259, 0.260, 0.260)),
+    "shapes3d": ((0.449,), (0.197,)),
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
     "stl10": ((0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713)),
@@ -234,7 +237,7 @@ def read_npz(path, split):
 
 
 def load(name, split="train", data_dir="data", image_size=None):
-    """Load one split of a dataset by name (shapes, cifar10, cifar100, stl10) or by the path of an image folder or .npz file.
+    """Load one split of a dataset by name (one of NAMES) or by the path of an image folder or .npz file.
 
     Images are uint8, [n, C, H, W] or [n, C, T, H, W]. `data_dir` holds or receives the archives. `image_size` (pixels,
     default 224) is the side at which a folder's images are stored; other datasets keep their own size.
@@ -244,6 +247,11 @@ def load(name, split="train", data_dir="data", image_size=None):
     if name == "shapes":
         check_known("--split of shapes", split, ("train", "test"))
         return ImageDataset("shapes", *shapes.make(split), *STATISTICS["shapes"])  # [n, 3, 24, 24], [n]
+    if name == "shapes3d":
+        check_known("--split of shapes3d", split, ("train", "test"))
+        return ImageDataset("shapes3d", *solids.make(split), *STATISTICS["shapes3d"])  # [n, 1, 20, 20, 20], [n]
+    if name in VOLUMES:
+        return read_npz(fetch_volumes(name, data_dir), split)
     if name in ("cifar10", "cifar100"):
         return read_cifar(name, split, data_dir)
     if name == "stl10":

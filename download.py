@@ -1,4 +1,4 @@
-"""Fetch the archives of CIFAR-10, CIFAR-100 and STL-10, going on where a download broke off; check and unpack them."""
+"""Fetch CIFAR-10, CIFAR-100, STL-10 and MedMNIST's volumes, going on where a download broke off; check and unpack them."""
 
 import errno
 import hashlib
@@ -21,6 +21,13 @@ ARCHIVES = {
     "cifar10": ("https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a", "cifar-10-batches-py"),
     "cifar100": ("https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz", "eb9058c3a382ffc7106e4002c42a8d85", "cifar-100-python"),
     "stl10": ("http://ai.stanford.edu/~acoates/stl10/stl10_binary.tar.gz", "91f7769df0f17e558f3565bffb0c7dfb", "stl10_binary"),
+}
+# MedMNIST's volumes of 28 voxels a side (Yang et al. 2023, version 2): name, MD5 of its .npz, under one address.
+MEDMNIST3D = "https://zenodo.org/record/6496656/files/"
+VOLUMES = {
+    "organmnist3d": "21f0a239e7f502e6eca33c3fc453c0b6", "nodulemnist3d": "8755a7e9e05a4d9ce80a24c3e7a256f3",
+    "adrenalmnist3d": "bbd3c5a5576322bc4cdfea780653b1ce", "fracturemnist3d": "6aa7b0143a6b42da40027a9dda61302f",
+    "vesselmnist3d": "2ba5b80617d705141f3f85627108fce8", "synapsemnist3d": "1235b78a3cd6280881dd7850a78eadb6",
 }
 STALL = 30  # seconds without a byte after which a connection counts as dropped
 ATTEMPTS = 5  # failures in a row, none of which brought the file any further, before we give up
@@ -174,3 +181,16 @@ def fetch(name, data_dir):
                 raise UsageError(f"{archive} is damaged: its MD5 is {found}, expected {expected}; delete it to download it again")
             unpack(archive, folder)
     return place
+
+
+def fetch_volumes(name, data_dir):
+    """The path of a MedMNIST .npz in data_dir, downloaded first where it is not there; one put there by hand may be any version.
+
+    Raises UsageError where it cannot be fetched or does not have the MD5 in VOLUMES.
+    """
+    archive = Path(data_dir) / f"{name}.npz"
+    if not archive.is_file():
+        with only_one(archive):
+            if not archive.is_file():
+                download(f"{MEDMNIST3D}{archive.name}", archive, f"put {archive.name} into {archive.parent}", VOLUMES[name])
+    return archive

@@ -2,14 +2,16 @@
 
 Each is a function from tensors, arrays or dicts to a matplotlib `Figure`, so that scripts save it, notebooks show it and tests
 call it. Colours are Okabe and Ito's, which colour-blind readers tell apart. Alphabet as in models.py, `K` classes; images shown
-are float [B, 3, H, W] in 0..1.
+are float [B, 3, H, W] in 0..1. Volumes [B, 3, T, H, W] are shown by slices, S to a volume, a row each.
 """
 
+import math
 import textwrap
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -52,9 +54,19 @@ def add_bar(figure, axes, label, **options):
 
 
 def to_pixels(flags, image_size, grid):
-    """Patch maps [..., N] as pixel maps [..., H, W]."""
-    patch = image_size // grid[0]
-    return flags.unflatten(-1, grid).repeat_interleave(patch, -2).repeat_interleave(patch, -1)  # [..., H, W]
+    """Patch maps [..., N] as pixel maps [..., H, W], on a grid of three axes [..., T, H, W]."""
+    flags = flags.unflatten(-1, grid)
+    for axis in range(len(grid)):
+        flags = flags.repeat_interleave(image_size // grid[-1], -1 - axis)
+    return flags
+
+
+def by_slice(pixels, grid):
+    """Volumes [B, ..., T, H, W] as rows [B * S, ..., H, W], the middle slice of each of the grid's S layers; flat images as they are."""
+    if len(grid) == 2:
+        return pixels
+    thickness = pixels.shape[-3] // grid[0]
+    return pixels[..., thickness // 2 :: thickness, :, :].movedim(-3, 1).flatten(0, 1)
 
 
 def frame(axes, corner, sides, colour):
@@ -68,12 +80,12 @@ def frame(axes, corner, sides, colour):
 
 def mask_figure(images, masks, grid, title=""):
     """A row for each image [B, 3, H, W]: the image, what the context encoder sees (the rest white), and each target block in its colour."""
-    context, targets = (to_pixels(part, images.shape[-1], grid) for part in masks.maps(grid[0] * grid[1]))  # [B, H, W], [B, M, H, W]
+    context, targets = (to_pixels(part, images.shape[-1], grid) for part in masks.maps(math.prod(grid)))  # [B, H, W], [B, M, H, W]
     columns = [("image", images), ("context", torch.where(context[:, None], images, 1.0))]
     for m in range(targets.shape[1]):
-        tint = torch.tensor(to_rgb(COLOURS[m % len(COLOURS)])).view(3, 1, 1)
+        tint = torch.tensor(to_rgb(COLOURS[m % len(COLOURS)])).view(3, *[1] * len(grid))
         columns.append((f"target {m + 1}", torch.where(targets[:, m, None], 0.45 * images + 0.55 * tint, 0.25 * images + 0.75)))
-    return table(columns, title)[0]
+    return table([(name, by_slice(part, grid)) for name, part in columns], title)[0]
 
 
 def official_coverage(grid, batch_size, batches, generator, min_keep=4):
@@ -111,16 +123,23 @@ def official_coverage(grid, batch_size, batches, generator, min_keep=4):
 
 
 def coverage_figure(masking, generator, batch_size=64, batches=16):
-    """How often each cell of a 2-D grid is context and target: this sampler above, the official sampler's rules below."""
+    """How often each cell of a grid is context and target: this sampler above, the official sampler's rules below.
+
+    The official sampler knows no third axis; of a 3-D grid all layers are drawn, side by side, for this sampler alone.
+    """
     drawn = [masking(batch_size, generator).maps(masking.N) for _ in range(batches)]
     ours = torch.stack([torch.cat([c for c, _ in drawn]).float().mean(0), torch.cat([t.any(1) for _, t in drawn]).float().mean(0)])
-    official = official_coverage(masking.grid, batch_size, batches, generator)
-    figure = Figure(figsize=(6.4, 6.2), layout="constrained")
-    for row, (name, maps) in zip(figure.subplots(2, 2), (("ours", ours), ("official rules", official))):
+    rows = [("ours", ours)]
+    if len(masking.grid) == 2:
+        rows.append(("official rules", official_coverage(masking.grid, batch_size, batches, generator)))
+    figure = Figure(figsize=(6.4, 3.1 * len(rows)) if len(rows) == 2 else (12, 2.4), layout="constrained")
+    for row, (name, maps) in zip(figure.subplots(len(rows), 2, squeeze=False), rows):
         for axes, part, values in zip(row, ("context", "any target"), maps):
-            values = values.view(masking.grid)
-            picture = axes.imshow(values.numpy(), cmap="viridis", vmin=0)
             never = (values == 0).sum().item()
+            values = values.view(masking.grid)  # [rows, columns], or [layers, rows, columns]
+            if values.ndim == 3:
+                values = F.pad(values, (0, 1), value=math.nan).movedim(0, 1).flatten(1)[:, :-1]  # layers side by side, a gap between
+            picture = axes.imshow(values.numpy(), cmap="viridis", vmin=0)
             axes.set_title(f"{name}: {part}, {never} of {masking.N} cells never", fontsize=9)
             axes.set(xticks=[], yticks=[])
             figure.colorbar(picture, ax=axes, shrink=0.8)
@@ -212,7 +231,8 @@ def token_figure(tokens, grid, pictures, title=""):
     parts = PCA(3).fit_transform(tokens.flatten(0, 1).numpy())  # [B * N, 3]
     low, high = np.percentile(parts, [2, 98], axis=0)
     colours = torch.tensor((parts - low) / (high - low)).float().unflatten(0, tokens.shape[:2])  # [B, N, 3]
-    return table([("", pair) for pair in zip(pictures, colours.mT.unflatten(2, grid))], title)[0]
+    rows = by_slice(pictures, grid), by_slice(colours.mT.unflatten(2, grid), grid)
+    return table([("", pair) for pair in zip(*rows)], title)[0]
 
 
 def nearest_images_figure(queries, matches, title=""):

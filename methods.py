@@ -14,7 +14,7 @@ from torch import nn
 import mae
 from config import UsageError
 from masking import MultiBlockMasking, RandomMasking, RasterMasking
-from models import IJEPA, Encoder, Output, initialise, parse_size, take
+from models import IJEPA, Encoder, Output, Predictor, initialise, parse_size, take
 
 
 class AblatedIJEPA(IJEPA):
@@ -124,6 +124,15 @@ def check_memory(config, device, channels=1, axes=2):
 
 def build(config, channels=3, axes=2, classes=0):
     """The model that a Config describes; `classes` is read by supervision only. Raises UsageError where settings do not go together."""
+    model = assemble(config, channels, axes, classes)
+    for part in model.modules():
+        if isinstance(part, (Encoder, Predictor)):
+            part.recompute = config.recompute
+    return model
+
+
+def assemble(config, channels, axes, classes):
+    """The parts that a Config names, put together; as `build`, but for what does not change the model."""
     if config.method == "mae":
         return mae.build(config, channels, axes)
     encoder = Encoder(config.encoder, config.image_size, config.patch_size, channels, axes)

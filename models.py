@@ -13,6 +13,7 @@ from collections import namedtuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from config import UsageError, check_known, near
 from masking import MultiBlockMasking
@@ -167,6 +168,17 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
+def apply_block(block, x, valid, recompute):
+    """block(x, valid): x [B, N, D], valid bool [B, N] or None -> [B, N, D].
+
+    With `recompute`, what a training block computes on the way is not kept for the backward pass: only x is, and the rest is computed
+    a second time when its gradient is wanted (Chen et al. 2016, arXiv:1604.06174). The gradients are the same.
+    """
+    if recompute and block.training and torch.is_grad_enabled():
+        return checkpoint(block, x, valid, use_reentrant=False, preserve_rng_state=False)  # a block draws no random number
+    return block(x, valid)
+
+
 def initialise(module):
     """Linear weights Xavier-uniform, biases 0, as in MAE.
 
@@ -195,6 +207,7 @@ class Encoder(nn.Module):
         self.register_buffer("positions", sincos_positions(self.grid, self.width), persistent=False)
         self.blocks = nn.ModuleList(Block(self.width, heads, mlp_ratio) for _ in range(depth))
         self.norm = nn.LayerNorm(self.width, eps=1e-6)
+        self.recompute = False  # methods.build sets it
         self.apply(initialise)
         with torch.no_grad():  # twice Xavier's, so that a patch's content counts for more than its position from the first step
             self.patch_embed.project.weight.mul_(2.0)
@@ -219,7 +232,7 @@ class Encoder(nn.Module):
             x = take(x, indices)  # [B, Nc, D]: hidden patches leave before the first block, so nothing can leak from them
         layers = []
         for block in self.blocks:
-            x = block(x, valid)
+            x = apply_block(block, x, valid, self.recompute)
             layers.append(x)
         return self.norm(x) if return_layers is None else [self.norm(layer) for layer in layers[-return_layers:]]
 
@@ -242,6 +255,7 @@ class Predictor(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.project = nn.Linear(width, encoder_width)
+        self.recompute = False  # methods.build sets it
         self.apply(initialise)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 
@@ -255,7 +269,7 @@ class Predictor(nn.Module):
         x = torch.cat([context[:, None].expand(-1, M, -1, -1), questions], dim=2).flatten(0, 1)  # [B*M, Nc+Nt, Dp]
         valid = self._valid(masks)
         for block in self.blocks:
-            x = block(x, valid)
+            x = apply_block(block, x, valid, self.recompute)
         x = self.project(self.norm(x[:, Nc:]))  # [B*M, Nt, D]
         return x.unflatten(0, (B, M))  # [B, M, Nt, D]
 

@@ -3,7 +3,8 @@
     python predict_and_visualize.py RUN          writes RUN/figures/*.png and RUN/figures/retrieval.json
 
 Here is what has to ask the model; what only draws is in figures.py. Alphabet as in models.py; images are normalised float
-[B, C, H, W] as the encoder takes them, pictures the same images as they are shown, float [B, 3, H, W] in 0..1.
+[B, C, H, W] as the encoder takes them, pictures the same images as they are shown, float [B, 3, H, W] in 0..1. Of volumes
+[B, C, T, H, W] pictures are volumes too, and the figures show slices of them.
 """
 
 import csv
@@ -13,6 +14,7 @@ from collections import namedtuple
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -24,8 +26,8 @@ import mae
 import methods
 import models
 import train
-from figures import (COLOURS, add_bar, comparison_figure, confusion_figure, coverage_figure, curves_figure, frame, low_shot_figure,
-                     mask_figure, nearest_images_figure, per_class_figure, table, to_pixels, token_figure, tsne_figure)
+from figures import (COLOURS, add_bar, by_slice, comparison_figure, confusion_figure, coverage_figure, curves_figure, frame,
+                     low_shot_figure, mask_figure, nearest_images_figure, per_class_figure, table, to_pixels, token_figure, tsne_figure)
 from masking import Masks
 
 SHOWN = 6  # images in the rows of the figures
@@ -39,7 +41,7 @@ Gallery = namedtuple("Gallery", "features patches")  # of the same patches: laye
 def rgb(dataset, indices, size):
     """Images of a dataset as they are shown: float [B, 3, H, W] in 0..1."""
     images = data.resize(dataset.images[indices].float() / 255, size)  # [B, C, H, W]
-    return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
+    return images.expand(-1, 3, *images.shape[2:]) if images.shape[1] == 1 else images
 
 
 def normalised(dataset, indices, size):
@@ -136,7 +138,7 @@ def neighbours_figure(model, untrained, images, pictures, masks, gallery, title=
     columns = [("original", pictures), ("context", hidden)]
     columns += [(f"block {m + 1}", torch.where(where[:, m], filled, hidden)) for m in range(M)]
     columns += [("all predicted", filled), ("true features", best), ("untrained", chance)]
-    return table(columns, title)[0]
+    return table([(name, by_slice(part, grid)) for name, part in columns], title)[0]
 
 
 def slide(grid, sides):
@@ -144,8 +146,10 @@ def slide(grid, sides):
 
     The context is all the rest, more than in training, so nothing is padded: context [P, N - Nt], targets [P, 1, Nt].
     """
-    cells = torch.arange(math.prod(grid)).view(grid)
-    blocks = cells.unfold(0, sides[0], 1).unfold(1, sides[1], 1).flatten(2).flatten(0, 1)  # [P, Nt]
+    cells = blocks = torch.arange(math.prod(grid)).view(grid)
+    for axis, length in enumerate(sides):
+        blocks = blocks.unfold(axis, length, 1)  # in the end [places on each axis, sides]
+    blocks = blocks.flatten(len(grid)).flatten(0, -2)  # [P, Nt]
     hidden = torch.zeros(len(blocks), cells.numel(), dtype=torch.bool).scatter_(1, blocks, True)  # [P, N]
     context = cells.flatten().expand_as(hidden)[~hidden].view(len(blocks), -1)  # [P, N - Nt]
     return Masks(context, None, blocks[:, None], None)
@@ -155,30 +159,33 @@ def moving_block_figure(model, images, pictures, gallery, sides=None, places=5, 
     """One block slides over each picture: what is imagined at up to `places` places of the middle row, and the error at every place.
 
     sides: rows and columns of the block, in patches; by default a block of the middle of the run's target scales. The error is the
-    cosine distance of predicted and true features, averaged over the block, drawn at the block's centre.
+    cosine distance of predicted and true features, averaged over the block, drawn at the block's centre. Of volumes the slice through
+    the middle of the block is shown.
     """
     grid, size = model.masking.grid, pictures.shape[-1]
     scale = getattr(model.masking, "target_scale", (0.15, 0.2))  # random and raster masks have none
-    sides = sides or [max(1, round(side * (sum(scale) / 2) ** 0.5)) for side in grid]
-    patch, masks = size // grid[0], slide(grid, sides)
-    high, wide = (side - length + 1 for side, length in zip(grid, sides))
-    steps = torch.linspace(0, wide - 1, min(places, wide)).round().long()
-    chosen = high // 2 * wide + steps  # of the P places
+    sides = sides or [max(1, round(side * (sum(scale) / 2) ** (1 / len(grid)))) for side in grid]
+    patch, masks = size // grid[-1], slide(grid, sides)
+    room = [side - length + 1 for side, length in zip(grid, sides)]  # places on each axis
+    *deep, down = [count // 2 for count in room[:-1]]  # the middle row, of volumes in the middle layer
+    steps = torch.linspace(0, room[-1] - 1, min(places, room[-1])).round().long()
+    chosen = torch.arange(math.prod(room)).view(room)[(*deep, down, steps)]  # of the P places
     some = Masks(masks.context[chosen], None, masks.targets[chosen], None)
+    cut = (..., int((deep[0] + sides[0] / 2) * patch), slice(None), slice(None)) if deep else ...
     filled, errors = [], []
     for image, picture in zip(images, pictures):
-        predicted, true = block_features(model, image.expand(len(masks.context), -1, -1, -1), masks, model.predictor)  # [P, 1, Nt, D]
-        filled.append(fill(picture.expand(len(chosen), -1, -1, -1), some, predicted[chosen], gallery, grid))  # [places, 3, H, W]
-        errors.append((1 - F.cosine_similarity(predicted, true, dim=-1)).mean((1, 2)).view(high, wide))
-    filled, errors = torch.stack(filled), torch.stack(errors)  # [B, places, 3, H, W], [B, high, wide]
+        predicted, true = block_features(model, image.expand(len(masks.context), *image.shape), masks, model.predictor)  # [P, 1, Nt, D]
+        filled.append(fill(picture.expand(len(chosen), *picture.shape), some, predicted[chosen], gallery, grid)[cut])  # [places, 3, H, W]
+        errors.append((1 - F.cosine_similarity(predicted, true, dim=-1)).mean((1, 2)).view(room)[tuple(deep)])
+    filled, errors, pictures = torch.stack(filled), torch.stack(errors), pictures[cut]  # [B, places, 3, H, W], [B, high, wide]
     columns = [(f"column {step + 1}", filled[:, place]) for place, step in enumerate(steps)]
     figure, axes = table([("original", pictures), *columns, ("error, by centre", 0.5 + 0.5 * pictures)], title)
-    left, top = ((length - 1) / 2 * patch - 0.5 for length in (sides[1], sides[0]))  # the patch at the centre of the first place
+    left, top = ((length - 1) / 2 * patch - 0.5 for length in (sides[-1], sides[-2]))  # the patch at the centre of the first place
     for row, error in zip(axes, errors):
         for panel, step in zip(row[1:], steps):
-            frame(panel, (high // 2 * patch, step * patch), (sides[0] * patch, sides[1] * patch), COLOURS[5])
+            frame(panel, (down * patch, step * patch), (sides[-2] * patch, sides[-1] * patch), COLOURS[5])
         row[-1].imshow(error.numpy(), cmap="magma", vmin=0, vmax=errors.max().item(),
-                       extent=(left, left + wide * patch, top + high * patch, top))
+                       extent=(left, left + room[-1] * patch, top + room[-2] * patch, top))
         row[-1].set(xlim=(-0.5, size - 0.5), ylim=(size - 0.5, -0.5))
     add_bar(figure, axes[:, -1], "cosine distance", shrink=0.8)
     return figure
@@ -189,12 +196,13 @@ def reconstruction_figure(model, images, pictures, masks, mean, std, title=""):
 
     images: normalised by `mean` and `std` (a number a channel); pictures: the same in 0..1.
     """
-    hidden = to_pixels(masks.maps(model.masking.N)[1][:, 0], pictures.shape[-1], model.masking.grid)[:, None]  # [B, 1, H, W]
+    grid = model.masking.grid
+    hidden = to_pixels(masks.maps(model.masking.N)[1][:, 0], pictures.shape[-1], grid)[:, None]  # [B, 1, H, W]
     _, answered = mae.reconstruct(model, images, masks)
-    mean, std = (torch.tensor(part).view(-1, 1, 1) for part in (mean, std))  # [C, 1, 1]
+    mean, std = (torch.tensor(part).view(-1, *[1] * len(grid)) for part in (mean, std))  # [C, 1, 1]
     columns = [("seen", torch.where(hidden, 1.0, pictures)), ("reconstructed", (answered * std + mean).expand_as(pictures)),
                ("original", pictures)]
-    return table(columns, title)[0]
+    return table([(name, by_slice(part, grid)) for name, part in columns], title)[0]
 
 
 def error_figure(model, images, pictures, generator, draws=32, title=""):
@@ -209,7 +217,8 @@ def error_figure(model, images, pictures, generator, draws=32, title=""):
         total.scatter_add_(1, masks.targets.flatten(1), (distance * valid).flatten(1))
         count.scatter_add_(1, masks.targets.flatten(1), valid.float().flatten(1))
     error = (total / count.clamp(min=1)).unflatten(1, grid)  # [B, rows, columns]
-    figure, axes = table([("", pair) for pair in zip(pictures, error)], title, cmap="magma", vmax=error.max().item())
+    rows = by_slice(pictures, grid), by_slice(error, grid)
+    figure, axes = table([("", pair) for pair in zip(*rows)], title, cmap="magma", vmax=error.max().item())
     add_bar(figure, axes[1], "cosine distance")
     return figure
 
@@ -235,17 +244,21 @@ def attention_figure(encoder, images, pictures, title="", queries=None):
     """
     grid, patch = encoder.grid, encoder.patch_size
     if queries is None:
-        queries = [int(down * grid[0]) * grid[1] + int(across * grid[1]) for down, across in ((0.2, 0.2), (0.5, 0.5), (0.8, 0.2))]
+        shares = ((0.5, 0.2, 0.2), (0.5, 0.5, 0.5), (0.5, 0.8, 0.2))  # of layers, down and across
+        places = np.array([share[-len(grid) :] for share in shares]) * grid  # [3, axes]
+        queries = np.ravel_multi_index(places.astype(int).T, grid)  # [3]
     weights = attention_weights(encoder, images).mean(1) * math.prod(grid)  # [B, N, N]
     columns = [("mean of all", weights.mean(1)), *((f"from patch {query}", weights[:, query]) for query in queries)]  # maps [B, N]
     columns = [("image", pictures), *((name, values.unflatten(1, grid)) for name, values in columns)]
     top = torch.stack([values for _, values in columns[1:]]).quantile(0.99).item()
-    figure, axes = table(columns, title, cmap="viridis", vmax=top)
-    for row in axes:
+    figure, axes = table([(name, by_slice(part, grid)) for name, part in columns], title, cmap="viridis", vmax=top)
+    for i, row in enumerate(axes):
         for panel, query, colour in zip(row[2:], queries, (COLOURS[5], COLOURS[3], COLOURS[0])):
-            place = divmod(query, grid[1])
-            frame(panel, place, (1, 1), colour)
-            frame(row[0], [patch * step for step in place], (patch, patch), colour)
+            *layer, down, across = np.unravel_index(query, grid)
+            if layer and i % grid[0] != layer[0]:  # the patch that asks is in another slice
+                continue
+            frame(panel, (down, across), (1, 1), colour)
+            frame(row[0], (patch * down, patch * across), (patch, patch), colour)
     add_bar(figure, axes[:, 1:], "attention (1: an even share)", shrink=0.6, extend="max")
     return figure
 
@@ -268,6 +281,11 @@ class Run:
     seed: int
 
     @property
+    def rows(self):
+        """How many images the rows of a figure show; of volumes, which have a row for each slice, two."""
+        return SHOWN if self.about["axes"] == 2 else 2
+
+    @property
     def what(self):
         """Data and run, for titles."""
         return f"{self.test.name}, {self.folder.name}"
@@ -280,8 +298,8 @@ class Run:
 
 def predictor_figures(run, untrained, generator):
     """Yields (file name, Figure): what is hidden from a run's model, and what its predictor makes of it."""
-    model, (images, pictures) = run.model, run.take(0, SHOWN)
-    masks = model.masking(SHOWN, generator)
+    model, (images, pictures) = run.model, run.take(0, run.rows)
+    masks = model.masking(run.rows, generator)
     yield "masks", mask_figure(pictures, masks, model.masking.grid,
                                f"{run.what}: seen by the context encoder (the rest is white), and to be predicted (in colour)")
     yield "coverage", coverage_figure(model.masking, generator)
@@ -300,16 +318,16 @@ def predictor_figures(run, untrained, generator):
 
 def decoder_figures(run, generator):
     """Yields (file name, Figure): what a masked autoencoder makes of hidden patches."""
-    images, pictures = run.take(0, SHOWN)
+    images, pictures = run.take(0, run.rows)
     yield "reconstruction", reconstruction_figure(
-        run.model, images, pictures, run.model.masking(SHOWN, generator), run.test.mean, run.test.std,
+        run.model, images, pictures, run.model.masking(run.rows, generator), run.test.mean, run.test.std,
         f"{run.what}: three quarters hidden, and the decoder's answer.\n"
         "Each patch is given the true one's mean and contrast, which the decoder is not asked for")
 
 
 def encoder_figures(run):
     """Yields (file name, Figure): how a run's target encoder sees single patches, and whole images."""
-    encoder, (images, pictures), size = run.model.target_encoder, run.take(0, SHOWN), run.config.image_size
+    encoder, (images, pictures), size = run.model.target_encoder, run.take(0, run.rows), run.config.image_size
     with torch.no_grad():
         tokens = encoder(images)  # [B, N, D]
     yield "tokens", token_figure(tokens, encoder.grid, pictures, f"{run.what}: first three principal components of the patch tokens.\n"
@@ -320,8 +338,11 @@ def encoder_figures(run):
     used = run.order[: max(SHOWN + run.gallery_size, 0 if labels is None else run.tsne_size)]
     pooled = evaluate.features(encoder, run.test.subset(used), size, "cpu")  # [n, D]
     found = SHOWN + nearest(pooled[:SHOWN], pooled[SHOWN : SHOWN + run.gallery_size], 7)  # [SHOWN, 7]
+    queries, matches = (rgb(run.test, run.order[numbers], size) for numbers in (slice(SHOWN), found.flatten()))
+    if run.about["axes"] == 3:
+        queries, matches = queries[:, :, size // 2], matches[:, :, size // 2]  # the middle slice
     yield "nearest_images", nearest_images_figure(
-        pictures, rgb(run.test, run.order[found.flatten()], size).unflatten(0, found.shape),
+        queries, matches.unflatten(0, found.shape),
         f"{run.what}: nearest of {run.gallery_size:,} held-out images by pooled target features.\nNotice what makes two images alike")
     if labels is None:
         print(f"left out tsne: the images of {run.test.name} have no labels to colour it by")
@@ -392,10 +413,8 @@ def images_to_show(run_config, data_dir):
 
 
 def load(args):
-    """The Run that the command line asks for; raises UsageError for volumes and where images are too few."""
+    """The Run that the command line asks for; raises UsageError where images are too few."""
     model, run_config, about = checkpoint.load_run(args.run)
-    if about["axes"] != 2:
-        raise config.UsageError(f"{args.run} was trained on volumes; the figures show flat images only")
     test = images_to_show(run_config, args.data_dir or run_config.data_dir)
     if len(test) < 250 + SHOWN:
         raise config.UsageError(f"{run_config.dataset} has {len(test)} test images; the figures need {250 + SHOWN} or more")
@@ -433,7 +452,7 @@ def main(argv=None):
     if isinstance(run.model, models.IJEPA) and run.config.targets == "features":
         with torch.random.fork_rng():
             torch.manual_seed(run.seed)
-            untrained = methods.build(run.config, run.about["channels"]).predictor.eval()
+            untrained = methods.build(run.config, run.about["channels"], run.about["axes"]).predictor.eval()
         save(predictor_figures(run, untrained, generator))
         write_retrieval(run, untrained, generator)
     elif run.config.method == "mae":

@@ -241,18 +241,12 @@ def look(config, watch, model, progress):
     return {name: round(value, 5) for name, value in found.items()}
 
 
-def set_up(config, resume, override):
-    """All that a run works with, (dataset, model, optimizer, generator, what is known of the data, Progress); on resume as it was left."""
-    folder, device = pathlib.Path(config.out), pick_device(config.device)
-    if not resume and (folder / "checkpoint.pt").exists():
-        raise UsageError(f"--out {folder} already holds a run; add --resume to go on with it, or choose another --out")
-    methods.check_memory(config, device)
-    if config.dataset in data.NAMES:  # three channels, two axes
-        with torch.device("meta"):
-            methods.build(config, classes=1)  # refuses sizes and masks that cannot be, before the data is read
-    if config.batch_size % parallel.place()[1]:
-        raise UsageError(f"--batch-size is {config.batch_size}: {parallel.place()[1]} processes share each batch, so it must be a multiple")
-    dataset = parallel.load(config.dataset, config.split, config.data_dir, config.image_size)
+def prepare(config, dataset, device):
+    """What trains on a data set: (model, optimizer, generator of crops and masks, what is known of the data). To a GPU with room for
+    them the images are moved too.
+
+    Raises UsageError where there are too few images, no labels for supervision, or too little memory.
+    """
     kept, held = map(len, hold_out(config, len(dataset)))
     if kept < config.batch_size * config.accumulation:
         raise UsageError(f"--batch-size is {config.batch_size}, --accumulation {config.accumulation}: {dataset.name} has {kept} images to "
@@ -265,10 +259,25 @@ def set_up(config, resume, override):
     torch.manual_seed(config.seed)
     model = methods.build(config, about["channels"], about["axes"], about["classes"]).to(device).train()
     optimizer = build_optimizer(config, model)
-    generator = torch.Generator(device).manual_seed(config.seed)  # crops and masks
-    progress = restore(folder, config, device, model, optimizer, generator, about, override) if resume else Progress()
     if device.type == "cuda" and isinstance(dataset.images, torch.Tensor) and dataset.images.nbytes < torch.cuda.mem_get_info()[0] / 4:
         dataset.images = dataset.images.to(device)  # an epoch then copies nothing
+    return model, optimizer, torch.Generator(device).manual_seed(config.seed), about
+
+
+def set_up(config, resume, override):
+    """All that a run works with, (dataset, model, optimizer, generator, what is known of the data, Progress); on resume as it was left."""
+    folder, device = pathlib.Path(config.out), pick_device(config.device)
+    if not resume and (folder / "checkpoint.pt").exists():
+        raise UsageError(f"--out {folder} already holds a run; add --resume to go on with it, or choose another --out")
+    methods.check_memory(config, device)
+    if config.dataset in data.NAMES:
+        with torch.device("meta"):
+            methods.build(config, *data.NAMES[config.dataset], classes=1)  # refuses sizes and masks that cannot be, before the data is read
+    if config.batch_size % parallel.place()[1]:
+        raise UsageError(f"--batch-size is {config.batch_size}: {parallel.place()[1]} processes share each batch, so it must be a multiple")
+    dataset = parallel.load(config.dataset, config.split, config.data_dir, config.image_size)
+    model, optimizer, generator, about = prepare(config, dataset, device)
+    progress = restore(folder, config, device, model, optimizer, generator, about, override) if resume else Progress()
     return dataset, model, optimizer, generator, about, progress
 
 

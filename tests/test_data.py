@@ -146,7 +146,7 @@ def test_measured_statistics_are_torchs():
 
 def test_unknown_names_and_splits_list_what_is_allowed():
     message = refusal(data.load, "cifr10")
-    assert message == "--dataset 'cifr10' is none of shapes, cifar10, cifar100, stl10, an image folder, or an .npz file; nearest: cifar10"
+    assert message == f"--dataset 'cifr10' is none of {', '.join(data.NAMES)}, an image folder, or an .npz file; nearest: cifar10"
     assert "/no/such/folder" in refusal(data.load, "/no/such/folder")
     assert "train, test" in refusal(data.load, "cifar10", "unlabeled")
     assert "nearest: unlabeled" in refusal(data.load, "stl10", "unlabelled")

@@ -1,6 +1,7 @@
 """Claims about what the loop trains beside I-JEPA: the masked autoencoder, supervision, and I-JEPA with a part taken away."""
 
 import csv
+import dataclasses
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import mae
 import methods
 import predict_and_visualize as viz
 import train
-from config import METHODS, UsageError, from_preset
+from config import METHODS, UsageError, from_dict, from_preset
 from masking import RandomMasking, RasterMasking
 from models import IJEPA, Encoder, patchify, unpatchify
 
@@ -168,6 +169,64 @@ def test_supervision_learns_the_labels_and_needs_them(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "load", unlabelled)
     with pytest.raises(UsageError, match="needs labels"):
         train.train(tiny(method="supervised", out=str(tmp_path / "other")))
+
+
+def gradients(config, kept=None):
+    """Loss and every gradient of a forward and backward pass; `kept` is filled with the bytes of each tensor kept for the latter."""
+    torch.manual_seed(0)
+    model = methods.build(config, classes=3).train()
+    weights = {p.data_ptr() for p in model.parameters()}
+
+    def keep(tensor):
+        if kept is not None and tensor.data_ptr() not in weights:
+            kept[tensor.data_ptr()] = tensor.nbytes  # a dict: what two operations keep is there once
+        return tensor
+
+    labels = [torch.tensor([0, 1, 2, 0])] if config.method == "supervised" else []
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(images(), *labels, generator=torch.Generator().manual_seed(0)).loss
+    loss.backward()
+    return [loss, *(p.grad for p in model.parameters() if p.requires_grad)]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_are_the_same_when_activations_are_computed_again(method):
+    """To the bit: the same kernels see the same numbers, once more."""
+    config = tiny(method=method, context_size=0)
+    plain, again = (gradients(dataclasses.replace(config, recompute=recompute)) for recompute in (False, True))
+    assert len(plain) > 20 and all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
+@pytest.mark.parametrize("method", ["ijepa", "mae", "supervised"])
+def test_recomputing_keeps_less_than_a_third_for_the_backward_pass(method):
+    """Of each block its input only, where it would have kept about ten times as much."""
+    kept = {False: {}, True: {}}
+    for recompute, sizes in kept.items():
+        gradients(tiny(method=method, encoder="32x6x2", predictor="32x6x2", recompute=recompute), sizes)
+    assert sum(kept[True].values()) < sum(kept[False].values()) / 3
+
+
+def test_nothing_is_computed_again_without_gradients_or_in_eval_mode(monkeypatch):
+    monkeypatch.setattr("models.checkpoint", lambda *_, **__: pytest.fail("computed for a backward pass"))
+    model = methods.build(tiny(recompute=True))
+    with torch.no_grad():
+        model.train()(images(), model.masking(4))
+    model.eval()(images(), model.masking(4))
+    with pytest.raises(pytest.fail.Exception):
+        model.train()(images(), model.masking(4))
+
+
+def test_a_run_without_recomputing_may_go_on_with_it(tmp_path):
+    train.train(tiny(out=str(tmp_path), max_steps=2))
+    with pytest.raises(UsageError, match="--lr"):
+        train.main(["--out", str(tmp_path), "--resume", "--recompute", "--lr", "0.5"])
+    train.main(["--out", str(tmp_path), "--resume", "--recompute"])
+
+
+def test_a_run_from_before_there_was_the_setting_is_read():
+    written = dataclasses.asdict(tiny())
+    del written["recompute"]
+    assert from_dict(written) == tiny()
 
 
 def test_a_method_that_does_not_exist_is_refused_with_those_that_do():

@@ -31,6 +31,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # run as a script it is not pytest that does this
 
 import config as settings  # noqa: E402
+import data  # noqa: E402
 import evaluate  # noqa: E402
 import methods  # noqa: E402
 import predict_and_visualize  # noqa: E402
@@ -123,7 +124,7 @@ def call(program, line):
 # Program, arguments, and words that the line must hold: flag and value, and what is allowed.
 WRONG = [
     # names
-    ("train", "--preset shape", "--preset is shape", "shapes, cifar10", "nearest: shapes"),
+    ("train", "--preset shape", "--preset is shape", "shapes, shapes3d, medmnist3d, cifar10", "nearest: shapes"),
     ("train", "--preset SHAPES", "--preset is SHAPES", "nearest: shapes"),
     ("train", "--preset ''", "--preset is empty", "choose one of shapes"),
     ("train", "--method byol", "--method is byol", "choose one of ijepa, mae, supervised"),
@@ -301,7 +302,7 @@ WRONG = [
     ("predict_and_visualize", "run --seed -1", "--seed is -1", "from 0 to 2147483647"),
     ("predict_and_visualize", "run --data-dir ''", "--data-dir is empty", "needs a name"),
     ("predict_and_visualize", "run --image 500", "--image", "nearest: --images"),
-    ("predict_and_visualize", "volumes", "volumes was trained on volumes", "flat images only"),
+    ("predict_and_visualize", "volumes", "volumes.npz has 1 test images", "the figures need 256 or more"),
 ]
 
 
@@ -357,11 +358,12 @@ def test_memory_that_is_too_small_is_said_in_a_line(monkeypatch):
 def test_what_is_refused_for_lack_of_memory_could_not_have_run(name):
     """The bytes counted are never more than weights, gradients, moments and images take, and not far below: a batch of one image."""
     config = settings.from_preset(name, batch_size=1)
+    channels, axes = data.NAMES.get(config.dataset, (3, 2))
     with torch.device("meta"):
-        model = methods.build(config)
+        model = methods.build(config, channels, axes)
     weights = sum(4 * p.numel() * (4 if p.requires_grad else 1) for p in model.parameters())
-    batch = 4 * 3 * config.image_size**2 + 2 * math.prod(model.context_encoder.grid) * model.context_encoder.width
-    assert 0.95 * (weights + batch) < methods.least_memory(config, 3) <= weights + batch
+    batch = 4 * channels * config.image_size**axes + 2 * math.prod(model.context_encoder.grid) * model.context_encoder.width
+    assert 0.95 * (weights + batch) < methods.least_memory(config, channels, axes) <= weights + batch
 
 
 def test_extremes_that_make_sense_are_accepted():
@@ -394,7 +396,7 @@ SENSIBLE = {  # what a draw picks from; numbers as they are typed
     "warmup": ["0", "0.5", "1"], "weight_decay": ["0", "0.04"], "weight_decay_final": ["0", "0.4"], "decay_all": [True, False],
     "clip_grad": ["0", "1", "1e-6"], "momentum": ["0", "0.99", "1"], "momentum_final": ["0", "1"], "held_out": ["0", "32", "512"],
     "measurements": ["0", "1", "5"], "seed": ["0", "1", "2147483647"], "device": ["auto", "cpu", "cpu"],
-    "precision": ["auto", "fp32", "bf16"], "workers": ["0", "1", "8"],
+    "precision": ["auto", "fp32", "bf16"], "recompute": [True, False], "workers": ["0", "1", "8"],
     "max_steps": ["2", "2", "2", "1", "3"], "max_minutes": ["0", "10", "0.001"],
     "checkpoint_minutes": ["2", "0", "1e9"], "deterministic": [True, False], "tensorboard": [False, False, True],
     "wandb": ["", "", "students"], "out": ["out/run", "out/a run", "out/été", "out/1/2/3"],

@@ -265,7 +265,7 @@ def test_every_setting_is_read_by_some_module():
 def test_every_preset_builds_its_model_and_masks(name):
     config = from_preset(name)
     with torch.device("meta"):
-        model = methods.build(config)
+        model = methods.build(config, *data.NAMES.get(config.dataset, (3, 2)))
     masks = model.masking(64, torch.Generator().manual_seed(0))
     assert len(masks.context) == 64 and masks.targets.shape[1] == config.num_targets
 
