@@ -32,7 +32,7 @@ from download import VOLUMES
 from models import parse_size
 
 # Side of the images of a data set, pixels; others: --image-size.
-STORED = {"shapes": 24, "shapes3d": 20, "cifar10": 32, "cifar100": 32, "stl10": 96, **dict.fromkeys(VOLUMES, 28)}
+STORED = {"shapes": 24, "shapes3d": 16, "cifar10": 32, "cifar100": 32, "stl10": 96, **dict.fromkeys(VOLUMES, 28)}
 MATRICES = {"cuda": (2048, 4096, 8192), "mps": (1024, 2048, 4096), "cpu": (512, 1024, 2048)}  # sides of the square matrices multiplied
 
 # ---- time

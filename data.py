@@ -27,7 +27,7 @@ NAMES = {**dict.fromkeys(("shapes", *ARCHIVES), (3, 2)), **dict.fromkeys(("shape
 # Mean and standard deviation of each channel over the training images, pixels scaled to 0..1.
 STATISTICS = {
     "shapes": ((0.436, 0.436, 0.436), (0.259, 0.260, 0.260)),
-    "shapes3d": ((0.449,), (0.197,)),
+    "shapes3d": ((0.448,), (0.192,)),
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
     "stl10": ((0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713)),
@@ -249,7 +249,7 @@ def load(name, split="train", data_dir="data", image_size=None):
         return ImageDataset("shapes", *shapes.make(split), *STATISTICS["shapes"])  # [n, 3, 24, 24], [n]
     if name == "shapes3d":
         check_known("--split of shapes3d", split, ("train", "test"))
-        return ImageDataset("shapes3d", *solids.make(split), *STATISTICS["shapes3d"])  # [n, 1, 20, 20, 20], [n]
+        return ImageDataset("shapes3d", *solids.make(split), *STATISTICS["shapes3d"])  # [n, 1, 16, 16, 16], [n]
     if name in VOLUMES:
         return read_npz(fetch_volumes(name, data_dir), split)
     if name in ("cifar10", "cifar100"):

@@ -8,7 +8,7 @@ surface does; and one slice seldom will, for a rod, a ball and a cone can all be
 import torch
 import torch.nn.functional as F
 
-SIZE = 20  # voxels
+SIZE = 16  # voxels
 COUNT = {"train": 10_000, "test": 2_000}
 
 
@@ -83,8 +83,8 @@ def draw(labels, generator, size=SIZE):
 
     line = (torch.arange(size) + 0.5) / size  # voxel centres, 0..1
     places = torch.stack(torch.meshgrid(line, line, line, indexing="ij")).flatten(1)  # [3, voxels]
-    radius = uniform(0.24, 0.3, 1)
-    places = rotations(n, generator) @ (places - uniform(0.42, 0.58, 3, 1)) / radius[..., None]  # [n, 3, voxels]
+    radius = uniform(0.36, 0.44, 1)
+    places = rotations(n, generator) @ (places - uniform(0.44, 0.56, 3, 1)) / radius[..., None]  # [n, 3, voxels]
     distance = torch.empty(n, size**3)
     for kind, surface in enumerate(KINDS):
         chosen = labels == kind
@@ -95,8 +95,8 @@ def draw(labels, generator, size=SIZE):
     greys = torch.where(uniform(0, 1, 1, 1, 1, 1) < 0.5, torch.stack([dark, dark + contrast]), torch.stack([dark + contrast, dark]))
     layers = []
     for grey in greys:  # background, solid
-        # Blotches of five voxels: a texture that no part of the volume foretells, so there is nothing in it to predict.
-        blotches = F.interpolate(torch.randn(n, 1, *[size // 5] * 3, generator=generator), size=[size] * 3, mode="trilinear")
+        # Blotches of four voxels: a texture that no part of the volume foretells, so there is nothing in it to predict.
+        blotches = F.interpolate(torch.randn(n, 1, *[size // 4] * 3, generator=generator), size=[size] * 3, mode="trilinear")
         layers.append(grey * (1 + uniform(0.05, 0.15, 1, 1, 1, 1) * blotches))  # [n, 1, size, size, size]
     background, solid = layers
     volume = background + (solid - background) * inside + 0.04 * torch.randn(n, 1, size, size, size, generator=generator)
@@ -104,7 +104,7 @@ def draw(labels, generator, size=SIZE):
 
 
 def make(split, chunk=1000):
-    """The volumes of a split: uint8 [n, 1, 20, 20, 20], labels int64 [n], names of the kinds. The same in every run on one kind of
+    """The volumes of a split: uint8 [n, 1, 16, 16, 16], labels int64 [n], names of the kinds. The same in every run on one kind of
     machine."""
     volumes, labels = [], []
     for number in range(COUNT[split] // chunk):  # a seed for each chunk, so that no split shares a volume with another

@@ -15,6 +15,7 @@ import train
 from config import UsageError, from_preset
 from masking import MultiBlockMasking
 from models import IJEPA, patchify, unpatchify
+from test_readme import snippets
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +39,11 @@ def test_volumes_are_determined_by_the_seed_alone_and_the_splits_share_none(draw
     assert torch.equal(drawn[0], solids.draw(drawn[1], torch.Generator().manual_seed(5)).float() / 255)
     monkeypatch.setattr("solids.COUNT", {"train": 200, "test": 200})
     train_split, test_split = (solids.make(split, chunk=200)[0].flatten(1).float() for split in ("train", "test"))
-    assert torch.cdist(train_split, test_split).min() > 100  # 20 x 20 x 20 voxels of 0..255
+    assert torch.cdist(train_split, test_split).min() > 100  # 16 x 16 x 16 voxels of 0..255
 
 
 def test_no_kind_is_told_by_its_mean_grey_or_its_mean_volume(drawn):
-    """Within 4 standard errors of all kinds' mean (10 comparisons), and for no voxel off by 5.5 (80,000 comparisons)."""
+    """Within 4 standard errors of all kinds' mean (10 comparisons), and for no voxel off by 5.5 (41,000 comparisons)."""
     volumes, labels = drawn
     greys = volumes.flatten(1).mean(1)  # [n]
     for kind in range(10):
@@ -84,7 +85,7 @@ def test_cuboids_draw_the_aspect_of_each_axis_anew_and_keep_their_volume():
 
 
 def test_the_presets_of_volumes_build_and_predict_every_axis():
-    for name, sides in (("shapes3d", 20), ("medmnist3d", 28)):
+    for name, sides in (("shapes3d", 16), ("medmnist3d", 28)):
         config = from_preset(name)
         channels, axes = data.NAMES[config.dataset]
         model = train.methods.build(config, channels, axes)
@@ -171,3 +172,11 @@ def test_a_masked_autoencoder_of_volumes_shows_what_it_reconstructs(tmp_path, mo
     run = viz.load(viz.arguments([out, "--images", "250"]))
     ((name, figure),) = viz.decoder_figures(run, torch.Generator().manual_seed(0))
     assert name == "reconstruction" and len(figure.axes) == 3 * 2 * run.model.masking.grid[0]
+
+
+def test_the_five_lines_of_volumes_run_as_they_are_worded(monkeypatch):
+    monkeypatch.setattr("solids.COUNT", {"train": 100, "test": 100})
+    monkeypatch.setattr("solids.make.__defaults__", (100,))
+    (code,), names = snippets("Volumes"), {}
+    exec(code, names)
+    assert names["loss"].isfinite() and names["features"].shape == (64, 96) and names["model"].context_encoder.grid == (4, 4, 4)
