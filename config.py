@@ -109,7 +109,7 @@ PRESETS = {
     "shapes": dict(lr=4e-3, lr_start=4e-4, weight_decay_final=0.04, momentum=0.99, momentum_final=0.99, context_size=12),
     # Embedded volumes, likewise.
     "shapes3d": dict(
-        dataset="shapes3d", image_size=16, epochs=40, lr=8e-3, lr_start=8e-4, weight_decay_final=0.04, momentum=0.98, momentum_final=0.98,
+        dataset="shapes3d", image_size=16, epochs=25, lr=8e-3, lr_start=8e-4, weight_decay_final=0.04, momentum=0.98, momentum_final=0.98,
         context_size=20,
     ),
     # Volumes of organs, 28 voxels a side; a name of its like, as nodulemnist3d, may be given with --dataset. There are a thousand only, so
