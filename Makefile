@@ -2,7 +2,7 @@
 # make test   the whole test suite
 # make notebooks  run both notebooks from top to bottom and keep their outputs (minutes)
 # make lint   style checks
-# make results  the three runs behind the README's table (15 minutes)
+# make results  the runs behind the README's tables of embedded shapes and volumes, three seeds each (half an hour)
 # make comparison  I-JEPA, MAE and supervision, three seeds (hours on a CPU; stopped, it goes on where it was)
 # make ablations   the paper's ablations at our scale, three seeds (hours on a CPU)
 # make collapse  what each safeguard against collapse is worth (minutes)
@@ -43,9 +43,11 @@ notebooks: .venv/ready
 	$(RUN) tests/run_notebooks.py
 
 results: .venv/ready
-	for seed in 0 1 2; do rm -rf runs/shapes-$$seed; \
-		$(RUN) train.py --seed $$seed --out runs/shapes-$$seed && $(RUN) evaluate.py runs/shapes-$$seed --seed $$seed && \
-		cp runs/shapes-$$seed/evaluation.json results/shapes_seed$$seed.json || exit 1; \
+	for run in shapes-0 shapes-1 shapes-2 shapes3d-0 shapes3d-1 shapes3d-2; do \
+		preset=$${run%-*}; seed=$${run#*-}; rm -rf runs/$$run; \
+		$(RUN) train.py --preset $$preset --seed $$seed --out runs/$$run && $(RUN) evaluate.py runs/$$run --seed $$seed && \
+		cp runs/$$run/evaluation.json results/$${preset}_seed$$seed.json && \
+		cp runs/$$run/metrics.csv results/$${preset}_seed$${seed}_metrics.csv || exit 1; \
 	done
 
 probe-speed: .venv/ready

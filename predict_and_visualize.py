@@ -288,7 +288,7 @@ class Run:
     @property
     def what(self):
         """Data and run, for titles."""
-        return f"{self.test.name}, {self.folder.name}"
+        return f"{self.test.name}, {self.folder.name}{', by slice' if self.about['axes'] == 3 else ''}"
 
     def take(self, start, stop):
         """The images from place `start` to `stop` of the order, normalised and as pictures."""
