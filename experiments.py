@@ -130,12 +130,14 @@ class Table:
         """Write results/NAME.json and results/NAME.md as far as they are known."""
         args = self.args
         words = ["python experiments.py", args.what, "--preset", args.preset, "--seeds", *map(str, args.seeds), *args.flags]
+        words += ["--finetune", str(args.finetune)] if args.what == "comparison" and args.finetune != 10 else []
         command = " ".join(words)
         about = {"command": command, "seeds": args.seeds, "processor": platform.processor() or platform.machine(),
-                 "torch": torch.__version__, "threads": torch.get_num_threads(), "date": datetime.date.today().isoformat()}
+                 "torch": torch.__version__, "threads": torch.get_num_threads(), "date": datetime.date.today().isoformat(),
+                 "note": args.note}
         kept = {key: self.before[key] for key in ("steps_in_the_time_of_one",) if key in self.before}
         self.before = {**kept, **about, **more, "rows": self.rows}
-        text = f"`{command}`, {len(args.seeds)} seed(s), {about['date']}; percent, frozen target encoder, 10,000 labelled images."
+        text = f"`{command}`, {about['date']}; percent, frozen target encoder, 10,000 labelled images; ± over seeds. {args.note}"
         content = json.dumps(self.before, indent=2)
         checkpoint.write(Path(f"results/{self.name}.json"), lambda path: path.write_text(content))
         Path(f"results/{self.name}.md").write_text(markdown(self.rows, f"{args.what} on {args.preset}", text), encoding="utf-8")
@@ -202,15 +204,15 @@ def markdown(rows, title, provenance):
     measures = [name for name in ("linear", "knn", "1%", "10%", "fine_tuned") if name in first["runs"][0]]
     heads = {"linear": "linear probe", "knn": "kNN", "1%": "1% of the labels", "10%": "10%", "fine_tuned": "fine-tuned"}
     paper = "paper" in first
-    lines = [f"# {title}", "", provenance, "", "| | " + " | ".join(heads[name] for name in measures) + (" | paper |" if paper else " |"),
-             "|---" * (len(measures) + 1 + paper) + "|"]
+    lines = [f"# {title}", "", provenance, "", "| | " + " | ".join(heads[name] for name in measures) + " | seeds |" + " paper |" * paper,
+             "|---" * (len(measures) + 2 + paper) + "|"]
     for name, row in rows.items():
         cells = []
         for measure in measures:
             values = [100 * run[measure] for run in row["runs"] if measure in run]
             spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.1f}{spread}" if values else "")
-        lines.append(f"| {name} | " + " | ".join(cells) + (f" | {row['paper']} |" if paper else " |"))
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {len(row['runs'])} |" + (f" {row['paper']} |" if paper else ""))
     return "\n".join(lines) + "\n"
 
 
@@ -221,6 +223,7 @@ def main(argv=None):
     parser.add_argument("--preset", default="shapes", help="preset of every run (default shapes)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds (default 0)")
     parser.add_argument("--finetune", type=int, default=10, help="epochs of fine-tuning in the comparison; 0 is none (default 10)")
+    parser.add_argument("--note", default="", help="what readers of the table are to know of its data, as 'JPEG copy.'")
     args, args.flags = parser.parse_known_args(argv)  # the rest goes to train.py
     table = Table(args)
     {"comparison": comparison, "ablations": ablations}[args.what](table)
