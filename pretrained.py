@@ -22,7 +22,7 @@ import checkpoint
 import config as settings
 import data
 from config import UsageError
-from download import download, one_line, only_one
+from download import VOLUMES, download, one_line, only_one
 from models import IJEPA, SIZES, Encoder, sincos_positions
 
 ADDRESS = "https://dl.fbaipublicfiles.com/ijepa"
@@ -359,7 +359,7 @@ def run_encoder(stored, path):
         encoder.load_state_dict(stored["encoder"])
     except RuntimeError as error:
         raise UsageError(f"the weights of {path} do not fit its settings ({one_line(error)[:200]})") from None
-    npz = Path(run.dataset).suffix.lower() == ".npz"  # normalised by its own training images
+    npz = run.dataset in VOLUMES or Path(run.dataset).suffix.lower() == ".npz"  # normalised by its own training images
     statistics = (None, None) if npz else data.STATISTICS.get(run.dataset, data.STATISTICS["folder"])
     return Pretrained(encoder, shape, *statistics, "target encoder of a run")
 

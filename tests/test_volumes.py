@@ -10,6 +10,7 @@ import data
 import evaluate
 import figures
 import predict_and_visualize as viz
+import pretrained
 import solids
 import train
 from config import UsageError, from_preset
@@ -106,6 +107,19 @@ def test_medmnist_volumes_are_read_by_name_from_the_data_folder_and_asked_for_wh
     with pytest.raises(UsageError, match="nodulemnist3d.npz came damaged twice.* put nodulemnist3d.npz into"):
         data.load("nodulemnist3d", "train", tmp_path)
     assert set(asked) == {"https://zenodo.org/record/6496656/files/nodulemnist3d.npz"}
+
+
+def test_an_encoder_of_volumes_is_taken_up_again_with_what_is_known_of_its_images(tmp_path, monkeypatch):
+    """Of the embedded solids the statistics are known; those of an .npz, also one with a name, are measured where it is read."""
+    monkeypatch.setattr("solids.COUNT", {"train": 100, "test": 100})
+    monkeypatch.setattr("solids.make.__defaults__", (100,))
+    volumes = np.random.default_rng(0).integers(0, 256, (40, 28, 28, 28), dtype=np.uint8)
+    np.savez(tmp_path / "organmnist3d.npz", train_images=volumes)
+    for preset, statistics in (("shapes3d", data.STATISTICS["shapes3d"]), ("medmnist3d", (None, None))):
+        train.train(from_preset(preset, encoder="24x1x2", predictor="8x1x1", batch_size=16, max_steps=1, measurements=0,
+                                data_dir=str(tmp_path), out=str(tmp_path / preset)))
+        found = pretrained.load(str(tmp_path / preset / "encoder.pt"))
+        assert (found.mean, found.std) == statistics and found.shape["axes"] == 3 and len(found.encoder.grid) == 3
 
 
 # --- figures by slice
