@@ -3,6 +3,8 @@
     python experiments.py comparison          I-JEPA, MAE, supervised, random: at equal epochs and at equal seconds
     python experiments.py ablations           masks, targets, predictor, as in the paper's tables 6 to 14
     python experiments.py ablations --epochs 5 --seeds 0 1
+    python experiments.py recipe --preset cifar10 --epochs 20 --jobs 6      what each lever of a recipe is worth
+    python experiments.py budgets --preset cifar10 --labels 0               what half a minute to ten minutes reach
 
 Each run lies in runs/experiments/NAME-SEED and is trained only once: stopped, the command goes on where it was. What a run scored is in
 its score.json; after each, results/NAME.json and results/NAME.md are written, and at the end images/ablations.png. What
@@ -12,11 +14,16 @@ results/NAME.json knows of the same settings is not trained again, so that a tab
 import datetime
 import json
 import platform
+import shlex
 import statistics
+import subprocess
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 import checkpoint
 import config
@@ -53,6 +60,31 @@ ABLATIONS = {
     "momentum 0": (["--method", "ijepa-momentum-0"], "-"),
     "momentum 1": (["--method", "ijepa-momentum-1"], "-"),
 }
+# Levers of the recipe for small images: name, what train.py is given.
+RECIPE = {
+    "preset": [],
+    "patch 2": ["--patch-size", "2", "--context-size", "80"],
+    "targets .1 to .2": ["--target-scale", "0.1", "0.2"],
+    "targets .15 to .3": ["--target-scale", "0.15", "0.3"],
+    "context: all of it": ["--context-size", "0"],
+    "context: cut to the shortest": ["--context-size", "0", "--mask-mode", "truncate"],
+    "context: 12 patches": ["--context-size", "12"],
+    "context: 28 patches": ["--context-size", "28"],
+    "EMA .98": ["--momentum", "0.98", "--momentum-final", "0.98"],
+    "EMA .99": ["--momentum", "0.99", "--momentum-final", "0.99"],
+    "EMA .99 to 1": ["--momentum", "0.99"],
+    "predictor 2 deep": ["--predictor", "96x2x2"],
+    "predictor 6 deep": ["--predictor", "96x6x2"],
+    "predictor 192 wide": ["--predictor", "192x4x3"],
+    "crops .08 to 1": ["--crop-scale", "0.08", "1"],
+    "crops .5 to 1": ["--crop-scale", "0.5", "1"],
+    "no crops": ["--crop-scale", "1", "1"],
+    "rate 2e-3": ["--lr", "2e-3", "--lr-start", "2e-4"],
+    "rate 4e-3": ["--lr", "4e-3", "--lr-start", "4e-4"],
+    "weight decay stays .04": ["--weight-decay-final", "0.04"],
+    "encoder 384 x 5": ["--encoder", "384x5x6", "--predictor", "192x4x3"],
+}
+BUDGETS = (0.5, 1, 2, 5, 10)  # minutes of training
 METHODS = {"I-JEPA": ["--method", "ijepa"], "MAE": ["--method", "mae"], "supervised": ["--method", "supervised"]}
 
 
@@ -71,7 +103,15 @@ def trained(run):
     return folder
 
 
-def score(folder, seed, finetune=0, random=False):
+def train_ahead(runs, jobs):
+    """Train the runs, Configs, that are not yet, `jobs` of them at a time, each in a process of its own; what fails is seen when scored."""
+    runs = [run for run in runs if not (Path(run.out) / "checkpoint.pt").exists()]
+    commands = [[sys.executable, train.__file__, *shlex.split(config.command(run))[2:]] for run in runs]
+    with ThreadPoolExecutor(jobs) as pool:
+        list(tqdm(pool.map(lambda words: subprocess.run(words, capture_output=True), commands), total=len(commands), unit="run"))
+
+
+def score(folder, seed, finetune=0, random=False, labels=10000):
     """What the features of a run are worth, a dict of fractions: linear, knn, low-shot at 1% and 10% of the labels, fine_tuned if asked.
 
     Kept in the run's score.json (random_score.json for its untrained encoder); the next time only what is not yet there is measured.
@@ -84,7 +124,7 @@ def score(folder, seed, finetune=0, random=False):
     model, run, about = checkpoint.load_run(folder, device)
     encoder = evaluate.random_encoder(run, about, device, seed) if random else model.target_encoder
     full, test = (data.load(run.dataset, split, run.data_dir, run.image_size) for split in ("train", "test"))
-    few = evaluate.subsample(full, 10000, seed)
+    few = evaluate.subsample(full, labels, seed)
     if "linear" not in found:
         x, test_x = (evaluate.features(encoder, part, run.image_size, device) for part in (few, test))
         per_class = full.labels.bincount().min().item()
@@ -116,12 +156,16 @@ class Table:
         self.before = json.loads(path.read_text()) if path.exists() else {"rows": {}}
         self.known = {(name, run["command"]): run for name, row in self.before["rows"].items() for run in row["runs"]}
 
+    def run(self, name, flags, seed, more=()):
+        """The Config of a run."""
+        return settings(self.args, flags, *more, "--seed", str(seed), "--out", str(FOLDER / f"{name}-{seed}"))
+
     def add(self, row, name, flags, seed, more=(), finetune=0, random=False, **about):
         """Add what a run scored to a row: as results/ knows it, else trained and measured now; `about` is written beside the row."""
-        run = settings(self.args, flags, *more, "--seed", str(seed), "--out", str(FOLDER / f"{name}-{seed}"))
+        run = self.run(name, flags, seed, more)
         found = self.known.get((row, config.command(run)))
         if not found or (finetune and "fine_tuned" not in found):
-            found = score(trained(run), seed, finetune, random)
+            found = score(trained(run), seed, finetune, random, self.args.labels)
         self.rows.setdefault(row, {**about, "runs": []})["runs"].append(found)
         print(f"{row:36}{100 * found['linear']:8.1f}", flush=True)
         self.write()
@@ -130,6 +174,7 @@ class Table:
         """Write results/NAME.json and results/NAME.md as far as they are known."""
         args = self.args
         words = ["python experiments.py", args.what, "--preset", args.preset, "--seeds", *map(str, args.seeds), *args.flags]
+        words += ["--labels", str(args.labels)] if args.labels != 10000 else []
         words += ["--finetune", str(args.finetune)] if args.what == "comparison" and args.finetune != 10 else []
         command = " ".join(words)
         about = {"command": command, "seeds": args.seeds, "processor": platform.processor() or platform.machine(),
@@ -137,23 +182,44 @@ class Table:
                  "note": args.note}
         kept = {key: self.before[key] for key in ("steps_in_the_time_of_one",) if key in self.before}
         self.before = {**kept, **about, **more, "rows": self.rows}
-        text = f"`{command}`, {about['date']}; percent, frozen target encoder, 10,000 labelled images; ± over seeds. {args.note}"
+        labels = f"{args.labels:,}" if args.labels else "all"
+        text = f"`{command}`, {about['date']}; percent, frozen target encoder, {labels} labelled images; ± over seeds. {args.note}"
         content = json.dumps(self.before, indent=2)
         checkpoint.write(Path(f"results/{self.name}.json"), lambda path: path.write_text(content))
         Path(f"results/{self.name}.md").write_text(markdown(self.rows, f"{args.what} on {args.preset}", text), encoding="utf-8")
 
 
-# ---- the two experiments
+# ---- the experiments
+
+
+def each(table, rows, jobs=1):
+    """Train and score rows, name -> what train.py is given, for every seed; beside each is written what `rows` says more of it."""
+    planned = []
+    for name, (flags, _) in rows.items():
+        slug = f"{table.name}-" + "".join(letter if letter.isalnum() else "-" for letter in name)
+        planned += [(name, flags, slug, seed) for seed in table.args.seeds]
+    if jobs > 1:
+        runs = [(name, table.run(slug, flags, seed)) for name, flags, slug, seed in planned]
+        train_ahead([run for name, run in runs if (name, config.command(run)) not in table.known], jobs)
+    for name, flags, slug, seed in planned:
+        table.add(name, slug, flags, seed, **rows[name][1])
 
 
 def ablations(table):
-    """The paper's ablations at our scale, each row for every seed."""
-    for name, (flags, paper) in ABLATIONS.items():
-        slug = "".join(letter if letter.isalnum() else "-" for letter in name)
-        for seed in table.args.seeds:
-            table.add(name, f"ablation-{slug}", flags, seed, paper=paper)
+    """The paper's ablations at our scale."""
+    each(table, {name: (flags, {"paper": paper}) for name, (flags, paper) in ABLATIONS.items()}, table.args.jobs)
     figure = figures.ablations_figure(table.rows, f"{table.args.preset}: what each part of I-JEPA is worth")
     figure.savefig(f"images/{table.name}.png", dpi=130)
+
+
+def recipe(table):
+    """What each lever of the recipe is worth."""
+    each(table, {name: (flags, {}) for name, flags in RECIPE.items()}, table.args.jobs)
+
+
+def budgets(table):
+    """What so many minutes of training reach, one run at a time: side by side they would share the machine."""
+    each(table, {f"{minutes:g} min": (["--max-minutes", str(minutes), "--epochs", "100000"], {}) for minutes in BUDGETS})
 
 
 def seconds_of(run, dataset, device, steps=10):
@@ -219,14 +285,16 @@ def markdown(rows, title, provenance):
 def main(argv=None):
     """Train what is missing, score it, write the tables; raises UsageError for what the user can put right."""
     parser = config.Parser(prog="experiments.py", description="Comparisons that need many runs; stopped, they go on where they were.")
-    parser.add_argument("what", choices=("comparison", "ablations"), help="which comparison")
+    parser.add_argument("what", choices=("comparison", "ablations", "recipe", "budgets"), help="which comparison")
     parser.add_argument("--preset", default="shapes", help="preset of every run (default shapes)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds (default 0)")
     parser.add_argument("--finetune", type=int, default=10, help="epochs of fine-tuning in the comparison; 0 is none (default 10)")
+    parser.add_argument("--labels", type=int, default=10000, help="labelled training images of the probes; 0 is all (default 10000)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs of ablations and recipe that are trained at the same time (default 1)")
     parser.add_argument("--note", default="", help="what readers of the table are to know of its data, as 'JPEG copy.'")
     args, args.flags = parser.parse_known_args(argv)  # the rest goes to train.py
     table = Table(args)
-    {"comparison": comparison, "ablations": ablations}[args.what](table)
+    {"comparison": comparison, "ablations": ablations, "recipe": recipe, "budgets": budgets}[args.what](table)
     print(Path(f"results/{table.name}.md").read_text(encoding="utf-8"))
 
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 
 import experiments
@@ -64,6 +65,42 @@ def test_the_ablations_end_in_a_table_beside_the_papers_numbers_and_a_figure(tmp
     table = (tmp_path / "results/ablations.md").read_text()
     assert "| 1 target |" in table and "T10: 9.0" in table
     assert (tmp_path / "images/ablations.png").stat().st_size > 5000
+
+
+def test_the_levers_of_the_recipe_are_trained_side_by_side_and_end_as_if_one_after_the_other(tmp_path, monkeypatch):
+    few = {name: experiments.RECIPE[name] for name in ("preset", "EMA .98")}
+    monkeypatch.setattr(experiments, "RECIPE", few)
+    data = np.random.default_rng(0).integers(0, 256, (2, 3000, 8, 8), dtype=np.uint8)
+    np.savez(tmp_path / "noise.npz", train_images=data[0], train_labels=np.arange(3000) % 10, test_images=data[1, :100],
+             test_labels=np.arange(100) % 10)
+    flags = ["recipe", "--preset", "cifar10", "--dataset", str(tmp_path / "noise.npz"), "--image-size", "16", *TINY]
+    flags += ["--predictor", "8x1x1", "--context-size", "2", "--min-keep", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train", lambda *_: pytest.fail("trained here, not by a process of its own"))
+        experiments.main([*flags, "--jobs", "2"])
+    side_by_side = json.loads((tmp_path / "results/recipe_cifar10.json").read_text())["rows"]
+    assert list(side_by_side) == list(few)
+    for folder in ("runs", "results"):
+        shutil.rmtree(tmp_path / folder)
+    (tmp_path / "results").mkdir()
+    experiments.main(flags)
+    alone = json.loads((tmp_path / "results/recipe_cifar10.json").read_text())["rows"]
+    for name in few:
+        assert side_by_side[name]["runs"][0]["linear"] == alone[name]["runs"][0]["linear"]
+
+
+def test_every_lever_of_the_recipe_is_a_command_that_train_accepts():
+    for flags in experiments.RECIPE.values():
+        arguments = experiments.config.parser("").parse_args(["--preset", "cifar10", *flags])
+        experiments.methods.build(experiments.config.from_arguments(arguments))
+
+
+def test_budgets_are_minutes_that_the_schedules_are_fitted_to(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "BUDGETS", (0.02,))
+    experiments.main(["budgets", *[word for word in TINY if word not in ("--max-steps", "2")], "--labels", "0"])
+    (run,) = json.loads((tmp_path / "results/budgets.json").read_text())["rows"]["0.02 min"]["runs"]
+    assert run["seconds"] < 60 and "--max-minutes 0.02" in run["command"]
+    assert "all labelled images" in (tmp_path / "results/budgets.md").read_text()
 
 
 def test_a_flag_that_train_does_not_know_is_refused():
