@@ -6,6 +6,8 @@ import pathlib
 import re
 import statistics
 
+import pytest
+
 import config
 import diagnostics
 
@@ -35,19 +37,26 @@ def test_every_piece_of_python_in_the_readme_is_run_by_a_test():
     assert sum(len(snippets(heading)) for heading in shown) == README.count("```python")
 
 
-def test_the_shapes_table_is_the_mean_and_deviation_of_the_three_committed_runs():
-    runs = [json.loads((ROOT / f"results/shapes_seed{seed}.json").read_text()) for seed in range(3)]
+@pytest.mark.parametrize("preset,heading", [("shapes", "### Embedded shapes"), ("shapes3d", "### Embedded volumes")])
+def test_the_tables_of_embedded_data_are_the_mean_and_deviation_of_the_three_committed_runs(preset, heading):
+    runs = [json.loads((ROOT / f"results/{preset}_seed{seed}.json").read_text()) for seed in range(3)]
     for name in ("target encoder", "context encoder", "random encoder", "raw pixels"):
-        for measure, cell in zip(("linear", "best", "knn", "precision@5"), table_row(name, "### Embedded shapes"), strict=True):
+        for measure, cell in zip(("linear", "best", "knn", "precision@5"), table_row(name, heading), strict=True):
             values = [100 * run["features"][name.split()[0 if "raw" not in name else 1]][measure] for run in runs]
             assert cell == f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
 
 
-def test_the_target_beats_both_baselines_by_40_points_in_every_committed_run():
+@pytest.mark.parametrize("preset,points", [("shapes", 0.40), ("shapes3d", 0.25)])
+def test_the_target_beats_both_baselines_in_every_committed_run(preset, points):
     for seed in range(3):
-        run = json.loads((ROOT / f"results/shapes_seed{seed}.json").read_text())
+        run = json.loads((ROOT / f"results/{preset}_seed{seed}.json").read_text())
         linear = {name: score["linear"] for name, score in run["features"].items()}
-        assert linear["target"] - max(linear["random"], linear["pixels"]) > 0.40
+        assert linear["target"] - max(linear["random"], linear["pixels"]) > points
+
+
+def test_volumes_are_learnt_in_under_ten_minutes_of_one_core():
+    seconds = [json.loads((ROOT / f"results/shapes3d_seed{seed}.json").read_text())["training"]["seconds"] for seed in range(3)]
+    assert max(seconds) < 600 and f"{min(seconds):.0f} to {max(seconds):.0f} s" in README
 
 
 def test_two_cores_train_in_under_5_minutes():
@@ -56,10 +65,11 @@ def test_two_cores_train_in_under_5_minutes():
     assert f"{run['seconds']:.0f} s" in README and f"{run['images_per_second']:,.0f} images/s" in README
 
 
-def test_the_committed_shapes_runs_are_those_of_todays_preset():
-    today = config.from_preset("shapes")
+@pytest.mark.parametrize("preset", ["shapes", "shapes3d"])
+def test_the_committed_runs_of_embedded_data_are_those_of_todays_presets(preset):
+    today = config.from_preset(preset)
     for seed in range(3):
-        run = json.loads((ROOT / f"results/shapes_seed{seed}.json").read_text())
+        run = json.loads((ROOT / f"results/{preset}_seed{seed}.json").read_text())
         then = config.from_dict(run["config"])
         changed = [f for f in vars(today) if f not in ("seed", "out") and getattr(today, f) != getattr(then, f)]
         assert changed == [] and then.seed == seed
