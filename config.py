@@ -63,6 +63,7 @@ class Config:
     mask_ratio: float = setting(0.75, "fraction of the patches that random masks, and the masked autoencoder, hide (MAE .75)")
     masked_input: bool = setting(False, "the target encoder sees one target block at a time, not the whole image (paper table 11)")
     stop_gradient: bool = setting(True, "no: the context encoder makes its own targets and gradients reach them; to see it collapse")
+    target_layers: int = setting(1, "targets are the mean of the target encoder's last so many blocks (paper 1; data2vec: several)")
     target_norm: bool = setting(True, "no: targets are not layer-normed, to see what that norm is for")
     # Optimisation; every schedule is counted in optimizer steps
     epochs: int = setting(10, "passes over the training images (paper 300 to 600)")
@@ -223,7 +224,7 @@ def check(config):
         must(all(math.isfinite(v) for v in numbers if isinstance(v, float)), f.name, "it must be a finite number")
         must(not isinstance(value, int) or value <= LARGEST, f.name, f"it can be {LARGEST} at most")
     must(config.seed >= 0, "seed", SEEDS)
-    for name in ("image_size", "patch_size", "num_targets", "epochs", "batch_size", "accumulation", "min_keep"):
+    for name in ("image_size", "patch_size", "num_targets", "target_layers", "epochs", "batch_size", "accumulation", "min_keep"):
         must(getattr(config, name) >= 1, name, "it must be 1 or more")
     for name in ("context_size", "max_steps", "max_minutes", "clip_grad", "weight_decay", "weight_decay_final", "lr_start", "lr_final",
                  "workers", "checkpoint_minutes", "held_out", "measurements"):
@@ -248,11 +249,12 @@ def check(config):
          "it is for --masks random and --method mae; leave it out")
     reader, unread = "", ()
     if config.method in ("mae", "supervised"):
-        reader, unread = f"--method {config.method}", ("targets", "masks", "masked_input", "stop_gradient", "target_norm")
+        reader, unread = f"--method {config.method}", ("targets", "masks", "masked_input", "stop_gradient", "target_norm",
+                                                      "target_layers")
     elif config.targets == "pixels":
-        reader, unread = "--targets pixels", ("masked_input", "stop_gradient", "target_norm")
+        reader, unread = "--targets pixels", ("masked_input", "stop_gradient", "target_norm", "target_layers")
     elif config.masked_input:
-        reader, unread = "--masked-input", ("stop_gradient",)
+        reader, unread = "--masked-input", ("stop_gradient", "target_layers")
     for name in unread:
         must(getattr(config, name) == getattr(Config, name), name, f"{reader} makes nothing of it; leave one of the two out")
 

@@ -70,6 +70,8 @@ RECIPE = {
     "context: cut to the shortest": ["--context-size", "0", "--mask-mode", "truncate"],
     "context: 12 patches": ["--context-size", "12"],
     "context: 28 patches": ["--context-size", "28"],
+    "targets: mean of 3 blocks": ["--target-layers", "3"],
+    "targets: mean of all 6 blocks": ["--target-layers", "6"],
     "EMA .98": ["--momentum", "0.98", "--momentum-final", "0.98"],
     "EMA .99": ["--momentum", "0.99", "--momentum-final", "0.99"],
     "EMA .99 to 1": ["--momentum", "0.99"],

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import config as settings
 import mae
 from config import UsageError
 from masking import MultiBlockMasking, RandomMasking, RasterMasking
@@ -18,15 +19,18 @@ from models import IJEPA, Encoder, Output, Predictor, initialise, parse_size, ta
 
 
 class AblatedIJEPA(IJEPA):
-    """I-JEPA with a part taken away, to see what it is for; with these defaults nothing is.
+    """I-JEPA with a part taken away or changed, to see what it is for; with these defaults nothing is.
 
     stop_gradient=False: the context encoder makes its own targets, and gradients reach them. target_norm=False: targets as they come.
-    pixels=True: the targets are normalised pixels. masked_input=True: the target encoder sees one target block at a time and
-    nothing else (paper table 11). With one of the last two no encoder sees the whole image in a step, and Output.tokens is None.
+    target_layers=K: targets are the mean of the last K blocks' layer-normed outputs (data2vec, arXiv:2202.03555). pixels=True: the targets
+    are normalised pixels. masked_input=True: the target encoder sees one target block at a time and nothing else (paper table 11). With
+    one of the last two no encoder sees the whole image in a step, and Output.tokens is None.
     """
 
-    def __init__(self, encoder, predictor, masking, loss, stop_gradient=True, target_norm=True, pixels=False, masked_input=False):
+    def __init__(self, encoder, predictor, masking, loss, stop_gradient=True, target_norm=True, pixels=False, masked_input=False,
+                 target_layers=1):
         super().__init__(encoder, predictor, masking, loss)
+        self.target_layers = target_layers
         self.stop_gradient, self.target_norm, self.pixels, self.masked_input = stop_gradient, target_norm, pixels, masked_input
         if not stop_gradient:
             self.target_encoder = self.context_encoder
@@ -39,7 +43,9 @@ class AblatedIJEPA(IJEPA):
 
     def encode_whole(self, images):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.stop_gradient):
-            return self.target_encoder(images)  # [B, N, D]
+            layers = self.target_encoder(images, return_layers=self.target_layers)  # K of [B, N, D]
+            wanted = torch.stack([self.normalise(layer) for layer in layers]).mean(0)  # [B, N, D]
+            return (self.normalise(wanted) if self.target_layers > 1 else wanted), layers[-1]
 
     def targets_and_tokens(self, images, masks):
         if self.pixels:
@@ -139,11 +145,13 @@ def assemble(config, channels, axes, classes):
     if config.method == "supervised":
         return Supervised(encoder, classes)
     parts = encoder, config.predictor, masking(config, encoder.grid), config.loss
-    taken_away = {"stop_gradient": config.stop_gradient, "target_norm": config.target_norm, "pixels": config.targets == "pixels",
-                  "masked_input": config.masked_input}
-    if all(taken_away[name] == whole for name, whole in WHOLE.items()):
+    changed = {"stop_gradient": config.stop_gradient, "target_norm": config.target_norm, "pixels": config.targets == "pixels",
+               "masked_input": config.masked_input, "target_layers": config.target_layers}
+    settings.need(config, config.target_layers <= len(encoder.blocks), "target_layers", f"--encoder {config.encoder} has "
+                  f"{len(encoder.blocks)} blocks")
+    if all(changed[name] == whole for name, whole in WHOLE.items()):
         return IJEPA(*parts)
-    return AblatedIJEPA(*parts, **taken_away)
+    return AblatedIJEPA(*parts, **changed)
 
 
-WHOLE = {"stop_gradient": True, "target_norm": True, "pixels": False, "masked_input": False}
+WHOLE = {"stop_gradient": True, "target_norm": True, "pixels": False, "masked_input": False, "target_layers": 1}

@@ -333,8 +333,10 @@ class IJEPA(nn.Module):
 
     @torch.no_grad()
     def encode_whole(self, images):
-        """What the target encoder makes of the whole image [B, N, D]; no gradient reaches it."""
-        return self.target_encoder(images)  # [B, N, D]
+        """What the target encoder makes of the whole image, layer-normed for the targets and as it is, each [B, N, D]; no gradient
+        reaches it."""
+        tokens = self.target_encoder(images)  # [B, N, D]
+        return self.normalise(tokens), tokens
 
     def normalise(self, tokens):
         """Layer norm without affine parameters: tokens [..., D] -> [..., D]."""
@@ -342,7 +344,7 @@ class IJEPA(nn.Module):
 
     def target_tokens(self, images):
         """The target encoder's tokens of the whole image, layer-normed [B, N, D]: what targets are cut out of."""
-        return self.normalise(self.encode_whole(images))
+        return self.encode_whole(images)[0]
 
     def targets(self, images, masks):
         """What is to be predicted [B, M, Nt, D]: the whole image is encoded, and only then are the blocks cut out (paper table 11:
@@ -351,8 +353,8 @@ class IJEPA(nn.Module):
 
     def targets_and_tokens(self, images, masks):
         """What is to be predicted [B, M, Nt, D], and the tokens it is cut out of as the target encoder gives them, detached [B, N, D]."""
-        tokens = self.encode_whole(images)  # [B, N, D]
-        return take(self.normalise(tokens), masks.targets), tokens.detach()
+        wanted, tokens = self.encode_whole(images)  # [B, N, D]
+        return take(wanted, masks.targets), tokens.detach()
 
     @torch.no_grad()
     def update_target(self, momentum):

@@ -5,6 +5,7 @@ import dataclasses
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import checkpoint
 import data
@@ -15,7 +16,7 @@ import predict_and_visualize as viz
 import train
 from config import METHODS, UsageError, from_dict, from_preset
 from masking import RandomMasking, RasterMasking
-from models import IJEPA, Encoder, patchify, unpatchify
+from models import IJEPA, Encoder, patchify, take, unpatchify
 
 
 @pytest.fixture(autouse=True)
@@ -103,6 +104,19 @@ def test_without_stop_gradient_gradients_reach_the_targets_and_with_it_they_do_n
     for stop in (True, False):
         model = methods.build(tiny(stop_gradient=stop, target_norm=False))  # an AblatedIJEPA either way
         assert model.targets(images(), model.masking(4)).requires_grad == (not stop)
+
+
+def test_targets_of_several_layers_are_their_mean_each_layer_normed():
+    config = from_preset("shapes", encoder="16x3x2", predictor="8x1x1", target_layers=2, context_size=0)
+    model, images = methods.build(config), torch.randn(4, 3, 24, 24)
+    *_, before, last = (F.layer_norm(layer, (16,)) for layer in model.target_encoder(images, return_layers=3))
+    output = model(images, generator=torch.Generator().manual_seed(0))
+    masks = model.masking(4, torch.Generator().manual_seed(0))
+    wanted = F.layer_norm((before + last) / 2, (16,))
+    assert torch.allclose(output.targets, take(wanted, masks.targets), atol=1e-6)
+    assert torch.equal(output.tokens, model.target_encoder(images)) and not output.targets.requires_grad
+    with pytest.raises(UsageError, match="--target-layers is 4: --encoder 16x3x2 has 3 blocks"):
+        methods.build(from_preset("shapes", encoder="16x3x2", target_layers=4))
 
 
 def test_a_masked_input_hides_the_rest_of_the_image_from_the_target_encoder():

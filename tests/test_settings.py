@@ -389,7 +389,8 @@ SENSIBLE = {  # what a draw picks from; numbers as they are typed
     "min_keep": ["1", "2", "4"], "allow_overlap": [True, False], "encoder": ["16x1x2", "8x2x1", "24x1x4", "12x3x3"],
     "predictor": ["8x1x2", "12x2x3", "16x1x1"], "loss": ["l2", "smooth_l1"], "method": ["ijepa"] * 8 + list(settings.METHODS),
     "targets": ["features", "pixels"], "masks": ["blocks", "blocks", "random", "raster"], "mask_ratio": ["0.5", "0.6", "0.9"],
-    "masked_input": [False, False, True], "stop_gradient": [True, True, False], "target_norm": [True, False], "epochs": ["1", "3", "100"],
+    "masked_input": [False, False, True], "stop_gradient": [True, True, False], "target_norm": [True, False],
+    "target_layers": ["1", "1", "2"], "epochs": ["1", "3", "100"],
     "batch_size": ["1", "4", "16"], "accumulation": ["1", "1", "2"], "optimizer": ["adamw", "adam", "sgd"],
     "schedule": ["cosine", "constant"], "betas": ["0.9 0.999", "0 0", "0.9 0.95"],
     "lr": ["1e-3", "0.1", "1e-8"], "lr_start": ["0", "1e-4", "0.01"], "lr_final": ["0", "1e-6"],
@@ -430,9 +431,10 @@ def draw(rng):
                "split": rng.choice(splits)}
     given = {name for name in values if name in ALWAYS or rng.random() < 0.4}
     if values["method"] != "ijepa" and "method" in given and rng.random() < 0.9:  # what a method stands for need not be said again
-        given -= {"targets", "masks", "masked_input", "stop_gradient", "target_norm", "num_targets", "momentum", "momentum_final"}
+        given -= {"targets", "masks", "masked_input", "stop_gradient", "target_norm", "target_layers", "num_targets", "momentum",
+                  "momentum_final"}
     if "targets" in given and values["targets"] == "pixels" and rng.random() < 0.9:  # which these say nothing of
-        given -= {"masked_input", "stop_gradient", "target_norm"}
+        given -= {"masked_input", "stop_gradient", "target_norm", "target_layers"}
     read = ("masks" in given and values["masks"] == "random") or ("method" in given and values["method"] == "mae")
     if read or rng.random() < 0.9:  # mask_ratio is for those two, and refused without
         given = given | {"mask_ratio"} if read else given - {"mask_ratio"}
