@@ -10,6 +10,7 @@ import pytest
 
 import config
 import diagnostics
+import experiments
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -73,6 +74,12 @@ def test_the_committed_runs_of_embedded_data_are_those_of_todays_presets(preset)
         then = config.from_dict(run["config"])
         changed = [f for f in vars(today) if f not in ("seed", "out") and getattr(today, f) != getattr(then, f)]
         assert changed == [] and then.seed == seed
+
+
+@pytest.mark.parametrize("name", ["comparison", "comparison_cifar10"])
+def test_the_contrasts_tables_are_those_of_results(name):
+    rows = json.loads((ROOT / f"results/{name}.json").read_text())["rows"]
+    assert experiments.markdown(rows, "", "").strip().split("\n\n")[-1] in README.split("## The contrast")[1].split("\n## ")[0]
 
 
 def test_the_cifar_table_is_the_committed_run():
