@@ -14,7 +14,8 @@ from torch import nn
 import config as settings
 import mae
 from config import UsageError
-from masking import MultiBlockMasking, RandomMasking, RasterMasking
+from fast_masking import FastMultiBlockMasking
+from masking import RandomMasking, RasterMasking
 from models import IJEPA, Encoder, Output, Predictor, initialise, parse_size, take
 
 
@@ -94,8 +95,8 @@ def masking(config, grid):
         return RandomMasking(grid, config.mask_ratio)
     if config.masks == "raster":
         return RasterMasking(grid)
-    return MultiBlockMasking(grid, config.num_targets, config.target_scale, config.target_aspect, config.context_scale, config.context_size,
-                             config.mask_mode, config.min_keep, config.allow_overlap)
+    return FastMultiBlockMasking(grid, config.num_targets, config.target_scale, config.target_aspect, config.context_scale,
+                                 config.context_size, config.mask_mode, config.min_keep, config.allow_overlap)
 
 
 def least_memory(config, channels=1, axes=2):

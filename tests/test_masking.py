@@ -1,11 +1,15 @@
 """Claims about the masks (paper section 3): what is context, what is target, and that drawing them always ends."""
 
 import math
+import random
+import zlib
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from config import UsageError
+from fast_masking import FastMultiBlockMasking
 from masking import MultiBlockMasking
 
 GRIDS = [(4, 4), (6, 6), (8, 8), (12, 12), (14, 14), (6, 10), (4, 6, 6)]
@@ -124,6 +128,81 @@ def test_the_same_generator_draws_the_same_masks():
     first, second, other = (draw((8, 8), seed=seed)[1] for seed in (1, 1, 2))
     assert torch.equal(first.context, second.context) and torch.equal(first.targets, second.targets)
     assert first.context.shape != other.context.shape or not torch.equal(first.context, other.context)
+
+
+@pytest.mark.parametrize("settings, checksum", [
+    (dict(grid=(14, 14), min_keep=10), 1080377195), (dict(grid=(8, 8), mode="truncate"), 152109383),
+    (dict(grid=(4, 6, 6), context_size=12), 38008607),
+    (dict(grid=(8, 8), num_targets=8, target_scale=(0.3, 0.4), min_keep=16), 2950780495),
+])
+def test_a_seed_gives_the_masks_that_it_has_always_given(settings, checksum):
+    """Results are tied to seeds: who changes what is drawn, or in which order, changes what every seed means, and must say so."""
+    _, masks, _, _ = draw(B=16, **settings)
+    parts = [part for part in vars(masks).values() if part is not None]
+    assert zlib.crc32(b"".join(part.contiguous().numpy().tobytes() for part in parts)) == checksum
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("grid", GRIDS)
+def test_what_training_draws_are_these_masks_to_the_bit_only_faster(grid, mode):
+    """Settings drawn at random, those that no grid allows left out; batches of 1 and more; and what the generator draws next."""
+    rng, tried = random.Random(str((grid, mode))), 0
+    while tried < 20:
+        low, shallow, aspect = rng.uniform(0.02, 0.3), rng.uniform(0.1, 1), rng.uniform(0.2, 1)
+        settings = dict(num_targets=rng.randint(1, 6), target_scale=(low, low * rng.uniform(1, 2)), target_aspect=(aspect, 1 / aspect),
+                        context_scale=(shallow, rng.uniform(shallow, 1)), context_size=rng.choice((0, 0, 2, 5)), mode=mode,
+                        min_keep=rng.randint(1, 6), allow_overlap=rng.random() < 0.2)
+        try:
+            plain = MultiBlockMasking(grid, **settings)
+        except UsageError:
+            continue
+        fast, B, tried = FastMultiBlockMasking(grid, **settings), rng.choice((1, 7, 64)), tried + 1
+        generators = [torch.Generator().manual_seed(tried) for _ in range(2)]
+        first, second = (vars(masking(B, generator)) for masking, generator in zip((plain, fast), generators))
+        assert torch.equal(generators[0].get_state(), generators[1].get_state())
+        for name, part in first.items():
+            assert second[name] is None if part is None else part.dtype == second[name].dtype and torch.equal(part, second[name]), settings
+
+
+def test_masks_drawn_under_autocast_are_the_same():
+    """A model draws them in its forward pass, under bf16, whose whole numbers end at 256: 24 x 24 patches are more."""
+    masking = FastMultiBlockMasking((24, 24))
+    plain = masking(8, torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = masking(8, torch.Generator().manual_seed(0))
+    assert all(map(torch.equal, vars(plain).values(), vars(cast).values()))
+
+
+class Unread(TorchDispatchMode):
+    """Within it no operation may hand a tensor's value to Python, or give it a shape that depends on values: both would wait for a GPU."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        assert not {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(function.tags), f"{function} waits"
+        return function(*arguments, **(keywords or {}))
+
+
+@pytest.mark.parametrize("settings", [
+    dict(grid=(14, 14), context_size=48), dict(grid=(6, 6), context_size=12), dict(grid=(4, 6, 6), context_size=12),
+    dict(grid=(8, 8), context_size=16, num_targets=8, target_scale=(0.1, 0.4), target_aspect=(0.3, 3.0)),
+    dict(grid=(8, 8), context_size=16, context_scale=(0.1, 0.4), allow_overlap=True),
+])
+def test_a_gpu_that_is_not_waited_for_draws_the_same_masks_in_shapes_that_never_change(settings, monkeypatch):
+    masking = FastMultiBlockMasking(**settings)
+
+    def batches():
+        return [masking(64, torch.Generator().manual_seed(seed)) for seed in range(8)]
+
+    asked = batches()
+    with pytest.raises(AssertionError, match="waits"), Unread():
+        batches()
+    monkeypatch.setattr("fast_masking.ASKED", ())  # all devices are treated as a GPU is
+    with Unread():
+        unasked = batches()
+    assert len({masks.targets.shape for masks in unasked}) == 1
+    for one, other in zip(asked, unasked):
+        Nt = one.targets.shape[2]
+        assert torch.equal(one.context, other.context) and torch.equal(one.targets, other.targets[..., :Nt])
+        assert torch.equal(one.targets_valid, other.targets_valid[..., :Nt]) and not other.targets_valid[..., Nt:].any()
 
 
 @pytest.mark.parametrize("settings", [
