@@ -102,7 +102,7 @@ def test_every_file_and_preset_the_readme_names_exists():
     settings = vars(config.Config())
     flags = {"--" + name.replace("_", "-") for name in settings} | {"--help", "--nproc_per_node", "--max-restarts"}  # two are torchrun's
     flags |= {"--no-" + name.replace("_", "-") for name, value in settings.items() if isinstance(value, bool)}
-    for script in ("train.py", "evaluate.py", "predict_and_visualize.py"):
+    for script in ("train.py", "evaluate.py", "predict_and_visualize.py", "experiments.py", "benchmark.py"):
         flags |= set(re.findall(r'add_argument\("(--[a-z-]+)"', (ROOT / script).read_text(encoding="utf-8")))
     assert set(re.findall(r"(?<![-\w])--[a-z][a-z_-]+", README)) <= flags
 
