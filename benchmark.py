@@ -6,7 +6,7 @@
 
 The train step is timed with its batches already on the device, and the data path and the masks by themselves. FLOPs are counted from the
 shapes, a multiplication and its addition as two. *Useful* ones are those at the tokens that images really have; *spent* ones those at the
-tokens that a padded batch has, and the difference is the padding's waste. Utilisation is FLOPs an image x images a second, divided by what
+tokens that are computed, and the difference is the padding's waste. Utilisation is FLOPs an image x images a second, divided by what
 a large matrix multiplication reaches here in the same precision: a limit that no model reaches, for it does more than to multiply.
 """
 
@@ -29,7 +29,7 @@ import parallel
 import train
 from config import UsageError
 from download import VOLUMES
-from models import parse_size
+from models import groups, parse_size, worth_grouping
 
 # Side of the images of a data set, pixels; others: --image-size.
 STORED = {"shapes": 24, "shapes3d": 16, "cifar10": 32, "cifar100": 32, "stl10": 96, **dict.fromkeys(VOLUMES, 28)}
@@ -93,12 +93,17 @@ def matmul_rate(device, dtype, seconds):
 # ---- work
 
 
-def blocks_flops(size, tokens):
-    """FLOPs of one forward pass of all blocks of a size (width, depth, heads, MLP ratio) over `tokens` tokens, a number or a tensor."""
+def blocks_flops(size, tokens, asked=None):
+    """FLOPs of one forward pass of all blocks of a size (width, depth, heads, MLP ratio) over `tokens` tokens, a number or a tensor; of the
+    last block only those of so many `asked`, by default of all."""
     width, depth, _, ratio = size
-    linear = 2 * tokens * width * (4 * width + 2 * round(width * ratio))  # queries, keys, values, projection; two layers of the MLP
-    attention = 2 * tokens**2 * width * 2  # queries times keys, and the result times values, all heads together
-    return depth * (linear + attention)
+
+    def block(asked):
+        linear = 2 * width * (tokens * 3 * width + asked * (width + 2 * round(width * ratio)))  # queries, keys, values; projection, MLP
+        attention = 2 * tokens * asked * width * 2  # queries times keys, and the result times values, all heads together
+        return linear + attention
+
+    return (depth - 1) * block(tokens) + block(tokens if asked is None else asked)
 
 
 def step_flops(config, about, context=None, targets=None):
@@ -116,7 +121,8 @@ def step_flops(config, about, context=None, targets=None):
     if config.method == "supervised":
         return float(2 * embed + 3 * (blocks_flops(encoder, N) + 2 * D * about["classes"]))
     answer = D if config.method != "mae" and config.targets == "features" else values  # numbers predicted for a patch
-    predicting = 2 * context * D * Dp + blocks_flops(predictor, context[:, None] + targets).sum(1) + 2 * targets.sum(1) * Dp * answer  # [n]
+    predicting = 2 * context * D * Dp + blocks_flops(predictor, context[:, None] + targets, targets).sum(1)  # [n]
+    predicting = predicting + 2 * targets.sum(1) * Dp * answer
     flops = 2 * embed + 3 * blocks_flops(encoder, context) + 3 * predicting  # [n]
     if config.method == "mae" or config.targets == "pixels":
         pass  # no target encoder
@@ -132,10 +138,11 @@ def step_flops(config, about, context=None, targets=None):
 def count_tokens(masking, B, generator, batches=8):
     """Tokens of the images of a few batches, as (context [n], targets [n, M]), float64: twice, the real ones and with the padding."""
     real, padded = [], []
-    for _ in range(batches):
-        context, targets = (valid.cpu().double() for valid in masking(B, generator).valid())  # [B, Nc], [B, M, Nt]
-        real.append((context.sum(-1), targets.sum(-1)))
-        padded.append((torch.ones_like(context).sum(-1), torch.ones_like(targets).sum(-1)))
+    for masks in (masking(B, generator) for _ in range(batches)):
+        for part in [part for _, part in groups(masks)] if worth_grouping(masks) else [masks]:
+            context, targets = (valid.cpu().double() for valid in part.valid())  # [b, Nc], [b, M, Nt]
+            real.append((context.sum(-1), targets.sum(-1)))
+            padded.append((torch.ones_like(context).sum(-1), torch.ones_like(targets).sum(-1)))
     return [tuple(map(torch.cat, zip(*counts))) for counts in (real, padded)]
 
 
@@ -198,13 +205,14 @@ def measure(config, dataset, device, seconds):
     Raises UsageError where a batch does not fit in memory.
     """
     model, optimizer, generator, about = train.prepare(config, dataset, device)
-    train.time_step(config, model, dataset, device)  # refuses a batch that is too large
+    learner = parallel.wrap(model, config.compile)
+    train.time_step(config, learner, dataset, device)  # refuses a batch that is too large
     stream = train.image_stream(config, dataset, device, generator, 0)
     images = config.batch_size * config.accumulation
     batches = [next(stream) for _ in range(config.accumulation)]
 
     def step():
-        train.train_step(config, model, optimizer, batches, 1, 1000, generator)
+        train.train_step(config, learner, optimizer, batches, 1, 1000, generator)
 
     bf16 = isinstance(train.autocast(config, device), torch.autocast)
     found = {"hardware": hardware(device), "data": dataset.name, "precision": "bf16 autocast" if bf16 else "fp32", "images_a_step": images}

@@ -23,7 +23,7 @@ from config import UsageError
 
 # Fields that may differ between a run and its continuation: they cannot change its result, or what they name is compared itself.
 FREE_ON_RESUME = ("out", "device", "workers", "checkpoint_minutes", "measurements", "deterministic", "tensorboard", "wandb", "data_dir",
-                  "dataset", "recompute")
+                  "dataset", "recompute", "compile")
 # What a checkpoint holds.
 PARTS = {"config": dict, "data": dict, "progress": dict, "model": dict, "optimizer": dict, "generator": torch.Tensor}
 

@@ -71,6 +71,7 @@ class Config:
     accumulation: int = setting(1, "forward passes to an optimizer step; the step sees batch_size x accumulation images")
     recompute: bool = setting(False, "compute each block's activations again in the backward pass instead of keeping them: less memory, "
                                      "about a third more time")
+    compile: bool = setting(False, "run the model through torch.compile: slower to start, meant for a GPU; a CPU needs a C++ compiler")
     optimizer: str = setting("adamw", "adamw (paper), adam or sgd", ("adamw", "adam", "sgd"))
     betas: tuple[float, float] = setting((0.9, 0.999), "Adam's two decay rates; sgd takes the first as its momentum")
     schedule: str = setting("cosine", "learning rate after the warmup: cosine (paper) or constant", ("cosine", "constant"))

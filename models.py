@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from config import UsageError, check_known, near
-from masking import MultiBlockMasking
+from masking import Masks, MultiBlockMasking
 
 # loss []; predictions and targets [B, M, Nt, D]; tokens [B, N, D] of the whole image, detached: what an online probe reads, or None.
 Output = namedtuple("Output", "loss predictions targets tokens", defaults=(None,))
@@ -136,7 +136,10 @@ def explicit_attention(q, k, v, attn_mask=None):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over a padded batch: x [B, N, D], valid [B, N] bool (True = real token) -> [B, N, D]."""
+    """Multi-head self-attention over a padded batch: x [B, N, D], valid [B, N] bool (True = real token) -> [B, N, D].
+
+    With `first`, only the tokens from that number on ask, of all of them -> [B, N - first, D].
+    """
 
     def __init__(self, width, heads):
         super().__init__()
@@ -144,16 +147,17 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.project = nn.Linear(width, width)
 
-    def forward(self, x, valid=None):
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # 3 of [B, nh, N, D/nh]
+    def forward(self, x, valid=None, first=0):
+        # Cut first, then seen as heads: the gradients of the three then come back together in one copy.
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1))  # each [B, nh, N, D/nh]
         # Every query may look at the real tokens only; what padding itself computes is never read.
         mask = None if valid is None else valid[:, None, None, :]  # [B, 1, 1, N]
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # [B, nh, N, D/nh]
-        return self.project(x.transpose(1, 2).flatten(2))  # [B, N, D]
+        x = F.scaled_dot_product_attention(q[:, :, first:], k, v, attn_mask=mask)  # [B, nh, N - first, D/nh]
+        return self.project(x.transpose(1, 2).flatten(2))  # [B, N - first, D]
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: x + attention(norm(x)), then x + MLP(norm(x))."""
+    """Pre-norm transformer block: x + attention(norm(x)), then x + MLP(norm(x)); with `first` of the tokens from that number on alone."""
 
     def __init__(self, width, heads, mlp_ratio=4.0):
         super().__init__()
@@ -163,20 +167,20 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
 
-    def forward(self, x, valid=None):
-        x = x + self.attention(self.norm1(x), valid)
+    def forward(self, x, valid=None, first=0):
+        x = x[:, first:] + self.attention(self.norm1(x), valid, first)  # [B, N - first, D]
         return x + self.mlp(self.norm2(x))
 
 
-def apply_block(block, x, valid, recompute):
-    """block(x, valid): x [B, N, D], valid bool [B, N] or None -> [B, N, D].
+def apply_block(block, x, valid, recompute, first=0):
+    """block(x, valid, first): x [B, N, D], valid bool [B, N] or None -> [B, N - first, D].
 
     With `recompute`, what a training block computes on the way is not kept for the backward pass: only x is, and the rest is computed
     a second time when its gradient is wanted (Chen et al. 2016, arXiv:1604.06174). The gradients are the same.
     """
     if recompute and block.training and torch.is_grad_enabled():
-        return checkpoint(block, x, valid, use_reentrant=False, preserve_rng_state=False)  # a block draws no random number
-    return block(x, valid)
+        return checkpoint(block, x, valid, first, use_reentrant=False, preserve_rng_state=False)  # a block draws no random number
+    return block(x, valid, first)
 
 
 def initialise(module):
@@ -268,10 +272,10 @@ class Predictor(nn.Module):
         # One target block at a time: each of the M blocks gets its own copy of the context and its own row of the batch.
         x = torch.cat([context[:, None].expand(-1, M, -1, -1), questions], dim=2).flatten(0, 1)  # [B*M, Nc+Nt, Dp]
         valid = self._valid(masks)
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             x = apply_block(block, x, valid, self.recompute)
-        x = self.project(self.norm(x[:, Nc:]))  # [B*M, Nt, D]
-        return x.unflatten(0, (B, M))  # [B, M, Nt, D]
+        x = apply_block(self.blocks[-1], x, valid, self.recompute, Nc)  # [B*M, Nt, Dp]: nobody reads the context's own answers
+        return self.project(self.norm(x)).unflatten(0, (B, M))  # [B, M, Nt, D]
 
     @staticmethod
     def _valid(masks):
@@ -280,6 +284,37 @@ class Predictor(nn.Module):
             return None
         context, targets = masks.valid()  # [B, Nc], [B, M, Nt]
         return torch.cat([context[:, None].expand(-1, targets.shape[1], -1), targets], dim=2).flatten(0, 1)  # [B*M, Nc+Nt]
+
+
+# --- padding that is not computed --------------------------------------------------------------------------------------
+
+
+def worth_grouping(masks):
+    """Whether `in_groups` saves work: contexts are padded, and on a CPU.
+
+    A GPU would have to tell the host how long the contexts are, and meet new shapes at every step, as a compiled model would: both cost
+    more than padding does. There --context-size keeps padding out of the context.
+    """
+    return masks.context_valid is not None and masks.context.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def groups(masks, size=32):
+    """Images with contexts of like length together, `size` at a time: yields (rows int64 [b], their Masks, padded to their own longest)."""
+    places = torch.arange(1, masks.context.shape[1] + 1)  # [Nc]
+    lengths = (masks.context_valid * places).amax(1)  # [B]: places up to the last real patch
+    for rows in lengths.argsort(stable=True).split(size):
+        Nc = int(lengths[rows[-1]])
+        targets_valid = None if masks.targets_valid is None else masks.targets_valid[rows]
+        yield rows, Masks(masks.context[rows, :Nc], masks.context_valid[rows, :Nc], masks.targets[rows], targets_valid)
+
+
+def in_groups(predict, images, masks):
+    """predict(images, masks), float [B, M, Nt, D], group by group: the same numbers, and less padding to compute."""
+    order, predictions = zip(*((rows, predict(images[rows], part)) for rows, part in groups(masks)))
+    return torch.cat(predictions)[torch.cat(order).argsort()]  # [B, M, Nt, D], in the batch's order
+
+
+# --- the method --------------------------------------------------------------------------------------------------------
 
 
 def prediction_loss(predictions, targets, valid=None, kind="smooth_l1"):
@@ -323,13 +358,17 @@ class IJEPA(nn.Module):
             raise UsageError(f"the model was built for images of {self.context_encoder.image_size} pixels, got {tuple(images.shape[2:])}")
         masks = (masks or self.masking(len(images), generator)).to(images.device)
         targets, tokens = self.targets_and_tokens(images, masks)  # [B, M, Nt, D], [B, N, D]
-        context = self.context_encoder(images, masks.context, masks.context_valid)  # [B, Nc, D]
-        predictions = self.predictor(context, masks)  # [B, M, Nt, D]
+        predictions = in_groups(self.predict, images, masks) if worth_grouping(masks) else self.predict(images, masks)  # [B, M, Nt, D]
         if self.probe == "context":
             # After the pass that needs gradients: older torch's autocast would hand it the weights cast here (PyTorch issue 158232).
             with torch.no_grad():
                 tokens = self.context_encoder(images)  # [B, N, D]
         return Output(prediction_loss(predictions, targets, masks.targets_valid, self.loss), predictions, targets, tokens)
+
+    def predict(self, images, masks):
+        """What is predicted of the target blocks [B, M, Nt, D], from the context patches alone."""
+        context = self.context_encoder(images, masks.context, masks.context_valid)  # [B, Nc, D]
+        return self.predictor(context, masks)  # [B, M, Nt, D]
 
     @torch.no_grad()
     def encode_whole(self, images):

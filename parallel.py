@@ -130,35 +130,42 @@ class Share(nn.Module):
 
     Its `forward` draws the masks of the whole batch and takes its own. The blocks of one share hold a few patches more than another's,
     so a plain mean of means would not be the mean over all target patches: each share is weighted by its number of them.
+
+    compiled: what the model does with images and masks becomes one graph of torch.compile. The masks are drawn outside of it, for a graph
+    holds no torch.Generator; the model itself stays as it is for whoever else calls it, and so do the names of its weights.
     """
 
-    def __init__(self, model):
+    def __init__(self, model, compiled=False):
         super().__init__()
         self.model = model
+        self.run = torch.compile(model.forward, fullgraph=True) if compiled else model
 
     def forward(self, images, *labels, generator):
         if not hasattr(self.model, "masking"):
-            return self.model(images, *labels)  # supervision: every share has as many images
+            return self.run(images, *labels)  # supervision: every share has as many images
         rank, world = place()
         whole = self.model.masking(len(images) * world, generator)
         masks = whole.share(rank, world)
-        output = self.model(images, masks)
+        output = self.run(images, masks)
         if whole.targets_valid is not None:
             output = output._replace(loss=output.loss * world * masks.targets_valid.sum() / whole.targets_valid.sum())
         return output
+
+    def update_target(self, momentum):
+        """The target encoder follows."""
+        self.model.update_target(momentum)
 
 
 class Parallel(DistributedDataParallel):
     """DistributedDataParallel of a model's Share, with the `update_target` that train_step calls."""
 
-    def __init__(self, model):
-        super().__init__(Share(model))
-
     def update_target(self, momentum):
         """The target encoder follows; every process does the same, so nothing need be sent."""
-        self.module.model.update_target(momentum)
+        self.module.update_target(momentum)
 
 
-def wrap(model):
-    """The model itself, or a Parallel of it where there are several processes."""
-    return model if place()[1] == 1 else Parallel(model)
+def wrap(model, compiled=False):
+    """What trains a model: the model itself, its Share where it is compiled, or a Parallel of that where there are several processes."""
+    if place()[1] > 1:
+        return Parallel(Share(model, compiled))
+    return Share(model, compiled) if compiled else model

@@ -187,13 +187,13 @@ def describe(dataset):
 
 
 def time_step(config, model, dataset, device):
-    """Seconds that one optimizer step takes, measured on two forward and backward passes that leave no trace in the run.
+    """Seconds that one optimizer step takes, measured on two or three forward and backward passes that leave no trace in the run.
 
-    Raises UsageError where the device's memory is too small.
+    Raises UsageError where the device's memory is too small, and where --compile finds no compiler.
     """
     generator = torch.Generator(device).manual_seed(0)
     stream = image_stream(config, dataset, device, generator, 0)
-    for _ in range(2):  # the first one warms up
+    for _ in range(3 if config.compile else 2):  # the last one counts; the first is compiled for its own shapes, the second for any
         start = time.perf_counter()
         batch = next(stream)
         try:
@@ -203,6 +203,11 @@ def time_step(config, model, dataset, device):
         except torch.OutOfMemoryError:
             raise UsageError(f"a batch of {config.batch_size} images does not fit in the memory of {device}; "
                              "lower --batch-size and raise --accumulation as much") from None
+        except RuntimeError as error:
+            if not config.compile:
+                raise
+            raise UsageError(f"--compile is given: torch.compile makes no code for {device} here ({data.one_line(error)[:200]}); "
+                             "leave it out, or install what is missing (a C++ compiler, on CUDA triton)") from None
         loss.item()  # waits for the device
         seconds = time.perf_counter() - start
     model.zero_grad()
@@ -338,14 +343,14 @@ def train(config, resume=False, override=False):
 def fit(config, dataset, model, optimizer, generator, about, progress):
     """The loop of `train` over what `set_up` gave."""
     device, images_per_step, first = generator.device, config.batch_size * config.accumulation, parallel.first()
-    seconds_per_step = parallel.from_first(time_step(config, model, dataset, device))
+    learner = parallel.wrap(model, config.compile)
+    seconds_per_step = parallel.from_first(time_step(config, learner, dataset, device))
     folder = open_folder(config)
     watch = monitor(config, dataset, device) if first else None
     per_epoch = len(hold_out(config, len(dataset))[0])
     planned, progress.total = plan(config, progress, per_epoch, seconds_per_step)
     if first:
         announce(config, model, dataset, device, progress, seconds_per_step)
-    learner = parallel.wrap(model)
     stream = image_stream(config, dataset, device, generator, progress.step * config.accumulation)
     before, began, clock = progress.seconds, progress.step, time.perf_counter()
     saver = Saver(folder, config, model, optimizer, generator, progress, about)
@@ -372,7 +377,7 @@ def fit(config, dataset, model, optimizer, generator, about, progress):
             if tried and not math.isfinite(result["loss"] + result["grad_norm"]):
                 saver.save()  # the weights have not moved
                 generator.set_state(tried[1])
-                where = diagnostics.origin(model, getattr(learner, "module", model), tried[0], generator)
+                where = diagnostics.origin(model, parallel.Share(model), tried[0], generator)  # nothing compiled, and no other process
                 refuse(config, saver, where, result, progress.step + (tried is attempt))
             progress.step += 1
             progress.seconds = before + time.perf_counter() - clock

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import benchmark
 import config as settings
 import methods
+import models
 import peers
 import train
 from config import METHODS, UsageError, from_preset
@@ -38,7 +39,8 @@ def counted(config, axes, classes):
         if config.method == "supervised":
             tokens, loss = (), model(images, torch.zeros(B, dtype=torch.int64)).loss
         else:
-            tokens = torch.full((B,), masks.context.shape[1]).double(), torch.full(masks.targets.shape[:2], masks.targets.shape[2]).double()
+            used = next(models.groups(masks))[1] if models.worth_grouping(masks) else masks  # of 4, one group
+            tokens = torch.full((B,), used.context.shape[1]).double(), torch.full(used.targets.shape[:2], used.targets.shape[2]).double()
             loss = model(images, masks).loss
         loss.backward()
     return counter.get_total_flops() / B, tokens
@@ -72,7 +74,8 @@ def test_attention_is_counted_image_by_image():
     config, about, targets = from_preset("shapes"), {"axes": 2, "channels": 3, "classes": 0}, torch.full((2, 4), 6.0)
     uneven, even = (benchmark.step_flops(config, about, torch.tensor(context), targets) for context in ([10.0, 30.0], [20.0, 20.0]))
     variance = 10**2
-    encoder, predictor = 4 * 64 * 3, 4 * 32 * 2 * 4  # multiply-adds of attention for a squared token: width, depth, target blocks
+    # FLOPs of attention for a squared token: width, depth, target blocks; the predictor's last block has 6 queries, so no squares.
+    encoder, predictor = 4 * 64 * 3, 4 * 32 * (2 - 1) * 4
     assert uneven - even == 3 * variance * (encoder + predictor)
 
 

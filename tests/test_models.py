@@ -9,11 +9,12 @@ import torch.nn.functional as F
 
 import data
 import evaluate
+import models
 from config import UsageError, from_preset
 from masking import Masks, MultiBlockMasking
 from methods import build
 from models import (
-    IJEPA, Attention, Encoder, PatchEmbed, explicit_attention, parse_size, patchify, prediction_loss, resize_positions,
+    IJEPA, Attention, Block, Encoder, PatchEmbed, explicit_attention, parse_size, patchify, prediction_loss, resize_positions,
     sincos_positions, take,
 )
 
@@ -144,6 +145,38 @@ def test_the_predictor_depends_on_place_and_on_context():
     before = model(images(), masks).predictions
     assert not torch.allclose(before[:, :, 0], before[:, :, 1], atol=1e-3)  # same question word, other place
     assert not torch.allclose(before, model(images(seed=1), masks).predictions, atol=1e-3)  # other image
+
+
+def test_images_taken_in_groups_of_like_length_give_the_losses_and_gradients_of_the_padded_batch(monkeypatch):
+    """What a CPU does to compute less padding: to rounding, nothing changes but the time."""
+    torch.manual_seed(0)
+    model, images = IJEPA("32x2x2", "16x2x2", image_size=24, patch_size=4), torch.randn(70, 3, 24, 24)
+    masks, found = MultiBlockMasking((6, 6))(70, torch.Generator().manual_seed(0)), []
+    sizes = [part.context.shape[1] for _, part in models.groups(masks)]
+    assert sizes == sorted(sizes) and sizes[0] < sizes[-1] == masks.context.shape[1]  # less is computed
+    for grouped in (True, False):
+        monkeypatch.setattr(models, "worth_grouping", lambda masks, grouped=grouped: grouped)
+        output = model(images, masks)
+        output.loss.backward()
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        found.append((output.loss, torch.where(masks.valid()[1][..., None], output.predictions, 0), *grads))
+        model.zero_grad()
+    assert len(found[0]) > 20
+    assert all(torch.allclose(one, other, rtol=1e-4, atol=1e-6) for one, other in zip(*found))  # float32, summed in another order
+
+
+def test_context_that_is_padded_in_front_of_real_patches_is_grouped_by_its_last_real_one():
+    valid = torch.tensor([[True, False, True, False], [True, False, False, False]])
+    masks = Masks(torch.arange(4).expand(2, 4), valid, torch.zeros(2, 1, 1, dtype=torch.int64), None)
+    ((rows, part),) = models.groups(masks)
+    assert rows.tolist() == [1, 0] and part.context.shape == (2, 3)
+
+
+def test_the_last_blocks_answers_at_the_target_places_are_those_of_a_block_that_answers_everywhere():
+    torch.manual_seed(0)
+    block, x, valid = Block(32, 4), torch.randn(3, 10, 32), torch.rand(3, 10) < 0.7
+    valid[:, 0] = True
+    assert torch.allclose(block(x, valid, first=6), block(x, valid)[:, 6:], atol=1e-6)
 
 
 def test_no_gradient_reaches_the_target_encoder_and_every_trained_parameter_has_one():

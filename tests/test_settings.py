@@ -397,7 +397,7 @@ SENSIBLE = {  # what a draw picks from; numbers as they are typed
     "warmup": ["0", "0.5", "1"], "weight_decay": ["0", "0.04"], "weight_decay_final": ["0", "0.4"], "decay_all": [True, False],
     "clip_grad": ["0", "1", "1e-6"], "momentum": ["0", "0.99", "1"], "momentum_final": ["0", "1"], "held_out": ["0", "32", "512"],
     "measurements": ["0", "1", "5"], "seed": ["0", "1", "2147483647"], "device": ["auto", "cpu", "cpu"],
-    "precision": ["auto", "fp32", "bf16"], "recompute": [True, False], "workers": ["0", "1", "8"],
+    "precision": ["auto", "fp32", "bf16"], "recompute": [True, False], "compile": [False], "workers": ["0", "1", "8"],
     "max_steps": ["2", "2", "2", "1", "3"], "max_minutes": ["0", "10", "0.001"],
     "checkpoint_minutes": ["2", "0", "1e9"], "deterministic": [True, False], "tensorboard": [False, False, True],
     "wandb": ["", "", "students"], "out": ["out/run", "out/a run", "out/été", "out/1/2/3"],

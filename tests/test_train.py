@@ -352,3 +352,20 @@ def test_help_shows_every_setting_with_its_default():
     text = settings.parser("").format_help()
     assert all("--" + name.replace("_", "-") in text for name in settings.Config.__dataclass_fields__)
     assert "EMA momentum of the target encoder at the first step (paper .996) [0.99]" in " ".join(text.split())
+
+
+# --- torch.compile -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["ijepa", "mae", "supervised"])
+def test_a_compiled_run_learns_the_same_and_leaves_the_same_files(tmp_path, monkeypatch, method):
+    """As one graph, made by the backend that runs it as it is: a real one takes a minute to start. Masks are drawn outside of it."""
+    compiled, compile = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda call, **options: compiled.append(call) or compile(call, backend="eager", **options))
+    kept = []
+    for name, flag in (("plain", False), ("compiled", True)):
+        train.train(from_preset("shapes", method=method, encoder="16x1x2", predictor="8x1x2", batch_size=16, max_steps=4, measurements=0,
+                                held_out=0, device="cpu", compile=flag, out=str(tmp_path / name)))
+        kept.append(torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["model"])
+    assert len(compiled) == 1 and kept[0].keys() == kept[1].keys()
+    assert all(torch.allclose(kept[0][key], kept[1][key], rtol=1e-3, atol=1e-5) for key in kept[0])  # rounding, through four Adam steps
