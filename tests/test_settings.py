@@ -511,8 +511,9 @@ def fuzz(count, seed=0, say=lambda text: None):
 
 
 def unvaried(configs):
-    """Fields that have the same value in all of these Configs, but for `wandb`, whose package is not installed here: it is refused."""
-    names = [f.name for f in dataclasses.fields(settings.Config) if f.name != "wandb"]
+    """Fields that have the same value in all of these Configs, but for `wandb`, whose package is not installed here and which is refused,
+    and `compile`, which would take a minute for each draw (test_train.py trains with it)."""
+    names = [f.name for f in dataclasses.fields(settings.Config) if f.name not in ("wandb", "compile")]
     return [name for name in names if len({str(config[name]) for config in configs}) < 2]
 
 
