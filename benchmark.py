@@ -118,20 +118,21 @@ def step_flops(config, about, context=None, targets=None):
     encoder, predictor = parse_size(config.encoder, "--encoder", axes), parse_size(config.predictor, "--predictor", axes)
     D, Dp, values = encoder[0], predictor[0], about["channels"] * config.patch_size**axes
     embed = 2 * N * values * D
+    seen = N + config.registers  # tokens of a whole image
     if config.method == "supervised":
-        return float(2 * embed + 3 * (blocks_flops(encoder, N) + 2 * D * about["classes"]))
+        return float(2 * embed + 3 * (blocks_flops(encoder, seen) + 2 * D * about["classes"]))
     answer = D if config.method != "mae" and config.targets == "features" else values  # numbers predicted for a patch
     predicting = 2 * context * D * Dp + blocks_flops(predictor, context[:, None] + targets, targets).sum(1)  # [n]
     predicting = predicting + 2 * targets.sum(1) * Dp * answer
-    flops = 2 * embed + 3 * blocks_flops(encoder, context) + 3 * predicting  # [n]
+    flops = 2 * embed + 3 * blocks_flops(encoder, context + config.registers) + 3 * predicting  # [n]
     if config.method == "mae" or config.targets == "pixels":
         pass  # no target encoder
     elif config.masked_input:  # it sees one target block at a time
-        flops = flops + targets.shape[1] * embed + blocks_flops(encoder, targets).sum(1)
+        flops = flops + targets.shape[1] * embed + blocks_flops(encoder, targets + config.registers).sum(1)
     elif config.stop_gradient:
-        flops = flops + embed + blocks_flops(encoder, N)
+        flops = flops + embed + blocks_flops(encoder, seen)
     else:
-        flops = flops + 2 * embed + 3 * blocks_flops(encoder, N)
+        flops = flops + 2 * embed + 3 * blocks_flops(encoder, seen)
     return flops.mean().item()
 
 
@@ -273,6 +274,7 @@ def main(argv=None):
         raise UsageError(f"--json is {args.json}: there is no folder {Path(args.json).parent}")
     config = settings.from_arguments(settings.parser("").parse_args(["--preset", args.preset, *flags]))
     device = train.pick_device(config.device)
+    train.keep_memory()  # as train.py does
     methods.check_memory(config, device)
     dataset = synthetic(config) if args.synthetic else parallel.load(config.dataset, config.split, config.data_dir, config.image_size)
     found = measure(config, dataset, device, args.seconds)

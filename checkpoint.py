@@ -65,15 +65,22 @@ def write(path, save):
         raise UsageError(f"{path} cannot be written ({why}){kept}; free some disk, or choose another --out") from None
 
 
+def torch_generator(device):
+    """The module of torch with get_rng_state and set_rng_state of a device."""
+    return {"cuda": torch.cuda, "mps": torch.mps}.get(device.type, torch)
+
+
 def save_checkpoint(folder, config, model, optimizer, generator, progress, about):
     """Write checkpoint.pt, with everything the run needs to go on as if it had not stopped, and encoder.pt, its result.
 
-    The place in the data follows from the step and the seed; crops and masks come from the one generator.
+    The place in the data follows from the step and the seed; crops and masks come from the one generator, which blocks stochastic depth
+    skips from torch's own.
     """
     about = {**about, "device": generator.device.type}
     checkpoint = {
         "config": asdict(config), "data": about, "progress": asdict(progress), "model": model.state_dict(),
         "optimizer": optimizer.state_dict(), "generator": generator.get_state(),
+        "torch_generator": torch_generator(generator.device).get_rng_state(),
     }
     write(folder / "checkpoint.pt", lambda path: torch.save(checkpoint, path))
     encoder = {"config": asdict(config), "data": about, "encoder": model.target_encoder.state_dict()}
@@ -183,6 +190,8 @@ def restore(folder, config, device, model, optimizer, generator, about, override
                          "and --optimizer must be the run's") from None
     if was["device"] == device.type:
         generator.set_state(checkpoint["generator"].cpu())
+        if "torch_generator" in checkpoint:  # files from before stochastic depth have none
+            torch_generator(device).set_rng_state(checkpoint["torch_generator"].cpu())
     progress = Progress(**checkpoint["progress"])
     if override:
         progress.total = 0  # planned anew

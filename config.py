@@ -52,6 +52,8 @@ class Config:
     # Model, paper section 3 and appendix A
     encoder: str = setting("64x3x1", "named size (tiny, small, base, large, huge, giant) or width x depth x heads, as in 192x6x6")
     predictor: str = setting("32x2x1", "width x depth x heads (paper 384x6x12 for base, 384x12 for large and huge)")
+    registers: int = setting(0, "learned tokens beside each image's patches, dropped at the end (paper 0)")
+    stochastic_depth: float = setting(0.0, "probability that the context encoder skips its last block; less for those before (paper 0)")
     patch_size: int = setting(4, "side of a square patch, pixels (paper 14 or 16)")
     loss: str = setting("smooth_l1", "smooth_l1 (official code) or l2 (paper), both averaged over patches and width", ("smooth_l1", "l2"))
     # What is trained, and I-JEPA with a part taken away
@@ -64,6 +66,7 @@ class Config:
     masked_input: bool = setting(False, "the target encoder sees one target block at a time, not the whole image (paper table 11)")
     stop_gradient: bool = setting(True, "no: the context encoder makes its own targets and gradients reach them; to see it collapse")
     target_layers: int = setting(1, "targets are the mean of the target encoder's last so many blocks (paper 1; data2vec: several)")
+    vicreg: float = setting(0.0, "weight of VICReg's variance and covariance terms on the context's pooled features (C-JEPA; paper 0)")
     target_norm: bool = setting(True, "no: targets are not layer-normed, to see what that norm is for")
     # Optimisation; every schedule is counted in optimizer steps
     epochs: int = setting(10, "passes over the training images (paper 300 to 600)")
@@ -228,7 +231,7 @@ def check(config):
     for name in ("image_size", "patch_size", "num_targets", "target_layers", "epochs", "batch_size", "accumulation", "min_keep"):
         must(getattr(config, name) >= 1, name, "it must be 1 or more")
     for name in ("context_size", "max_steps", "max_minutes", "clip_grad", "weight_decay", "weight_decay_final", "lr_start", "lr_final",
-                 "workers", "checkpoint_minutes", "held_out", "measurements"):
+                 "workers", "checkpoint_minutes", "held_out", "measurements", "registers", "vicreg"):
         must(getattr(config, name) >= 0, name, "it cannot be negative")
     for name in ("crop_scale", "target_scale", "context_scale"):
         low, high = getattr(config, name)
@@ -238,6 +241,7 @@ def check(config):
     must(all(0 <= beta < 1 for beta in config.betas), "betas", "two decay rates from 0 to below 1")
     must(config.lr > 0, "lr", "it must be above 0")
     must(0 <= config.warmup <= 1, "warmup", "a fraction of the run, from 0 to 1")
+    must(0 <= config.stochastic_depth < 1, "stochastic_depth", "a probability, from 0 to below 1")
     must(0 < config.mask_ratio < 1, "mask_ratio", "a fraction of the patches, above 0 and below 1")
     for name in ("momentum", "momentum_final"):
         must(0 <= getattr(config, name) <= 1, name, "a number from 0 to 1")
@@ -251,7 +255,7 @@ def check(config):
     reader, unread = "", ()
     if config.method in ("mae", "supervised"):
         reader, unread = f"--method {config.method}", ("targets", "masks", "masked_input", "stop_gradient", "target_norm",
-                                                      "target_layers")
+                                                      "target_layers", "vicreg")
     elif config.targets == "pixels":
         reader, unread = "--targets pixels", ("masked_input", "stop_gradient", "target_norm", "target_layers")
     elif config.masked_input:

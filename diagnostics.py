@@ -201,7 +201,10 @@ def origin(model, forward, batches, generator):
     found = []
 
     def watch(name):
-        return lambda part, inputs, output: found.append(name) if not output.isfinite().all() else None
+        def look(part, inputs, output):  # an encoder asked for several layers gives a list
+            if not all(tokens.isfinite().all() for tokens in (output if isinstance(output, list) else [output])):
+                found.append(name)
+        return look
 
     hooks = [part.register_forward_hook(watch(name)) for name, part in parts.items()]
     try:

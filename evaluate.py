@@ -236,8 +236,9 @@ def arguments(argv):
     """The command line as a namespace."""
     parser = config.Parser(prog="evaluate.py", description="Probes of a pretrained encoder's frozen features, beside its baselines.")
     parser.add_argument("runs", type=Path, nargs="*", metavar="RUN", help="run folders that train.py wrote")
-    parser.add_argument("--pretrained", metavar="NAME_OR_PATH", help="instead of runs: a .pth.tar of the official code, a Hugging Face "
-                        f"folder, a run's encoder.pt, or, downloaded once (10 to 17 GB), one of {', '.join(pretrained.OFFICIAL)}")
+    parser.add_argument("--pretrained", metavar="NAME_OR_PATH", help=f"instead of runs: {' or '.join(pretrained.SHIPPED)}, which "
+                        "comes with this code; a .pth.tar of the official code, a Hugging Face folder, a run's encoder.pt, or, downloaded "
+                        f"once (10 to 17 GB), one of {', '.join(pretrained.OFFICIAL)}")
     parser.add_argument("--out", type=Path, help="folder of what --pretrained finds (default runs/NAME-on-DATASET)")
     parser.add_argument("--train-images", type=int, default=10000, help="labelled training images; 0 is all (default 10000)")
     parser.add_argument("--test-images", type=int, default=0, help="test images; 0 is all (default 0)")
@@ -359,7 +360,7 @@ def evaluate_pretrained(args, argv=None):
     model = nn.ModuleDict({"target_encoder": found.encoder.to(device)})
     results = measure_labelled(folder, model, random, settings, full, test_set, args, device)
     results |= {"pretrained": {"source": args.pretrained, "kind": found.kind, **found.shape, "mean": full.mean, "std": full.std},
-                **provenance([], device, argv)}
+                **provenance([found.command] if found.command else [], device, argv)}
     return write_results(folder, results, start)
 
 

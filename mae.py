@@ -10,7 +10,7 @@ from torch import nn
 
 from config import UsageError
 from masking import RandomMasking
-from models import Encoder, Output, Predictor, initialise, patchify, prediction_loss, take, unpatchify
+from models import Output, Predictor, initialise, patchify, prediction_loss, take, unpatchify
 
 
 def pixel_targets(images, patch_size):
@@ -93,8 +93,3 @@ def reconstruct(model, images, masks):
     masked[rows, hidden] = 0.0
     answered[rows, hidden] = predictions * take(std, hidden) + take(mean, hidden)
     return tuple(unpatchify(part, model.context_encoder.grid, patch) for part in (masked, answered))
-
-
-def build(config, channels=3, axes=2):
-    """The MAE that a Config describes. Raises UsageError where patch, grid and sizes do not go together."""
-    return MAE(Encoder(config.encoder, config.image_size, config.patch_size, channels, axes), config.predictor, config.mask_ratio)

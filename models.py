@@ -135,6 +135,17 @@ def explicit_attention(q, k, v, attn_mask=None):
     return scores.softmax(dim=-1) @ v  # [B, nh, N, D/nh]
 
 
+def attend(q, k, v, mask):
+    """Softmax attention by the faster of two ways to compute the same, [B, nh, N, D/nh]; arguments as of explicit_attention.
+
+    torch's fused kernel holds no N x N scores and is the faster one on a GPU and for long sequences. For the few tokens of small images
+    a CPU is faster by the formula: a fifth in float32; in bfloat16, at any length, twice and more.
+    """
+    if q.device.type == "cpu" and (k.shape[2] <= 128 or q.dtype == torch.bfloat16):
+        return explicit_attention(q, k, v, mask)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention over a padded batch: x [B, N, D], valid [B, N] bool (True = real token) -> [B, N, D].
 
@@ -152,7 +163,7 @@ class Attention(nn.Module):
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1))  # each [B, nh, N, D/nh]
         # Every query may look at the real tokens only; what padding itself computes is never read.
         mask = None if valid is None else valid[:, None, None, :]  # [B, 1, 1, N]
-        x = F.scaled_dot_product_attention(q[:, :, first:], k, v, attn_mask=mask)  # [B, nh, N - first, D/nh]
+        x = attend(q[:, :, first:], k, v, mask)  # [B, nh, N - first, D/nh]
         return self.project(x.transpose(1, 2).flatten(2))  # [B, N - first, D]
 
 
@@ -179,7 +190,7 @@ def apply_block(block, x, valid, recompute, first=0):
     a second time when its gradient is wanted (Chen et al. 2016, arXiv:1604.06174). The gradients are the same.
     """
     if recompute and block.training and torch.is_grad_enabled():
-        return checkpoint(block, x, valid, first, use_reentrant=False, preserve_rng_state=False)  # a block draws no random number
+        return checkpoint(block, x, valid, first, use_reentrant=False)
     return block(x, valid, first)
 
 
@@ -198,11 +209,12 @@ class Encoder(nn.Module):
     """A vision transformer without class token, which can be given a part of the patches (paper section 3).
 
     image_size: pixels of the square (or cubic) image, or one number an axis; patch_size: pixels, the same on every axis;
-    size: a name of SIZES or 'width x depth x heads'. Has `.width` (D), `.grid` and `.image_size`.
+    size: a name of SIZES or 'width x depth x heads'; registers: learned tokens that every image gets beside its patches, to compute with,
+    and that are dropped at the end (Darcet et al. 2024, arXiv:2309.16588). Has `.width` (D), `.grid` and `.image_size`.
     Raises UsageError where the patch does not divide the image.
     """
 
-    def __init__(self, size="base", image_size=224, patch_size=16, channels=3, axes=2):
+    def __init__(self, size="base", image_size=224, patch_size=16, channels=3, axes=2, registers=0):
         super().__init__()
         sides = (image_size,) * axes if isinstance(image_size, int) else tuple(image_size)
         self.width, depth, heads, mlp_ratio = parse_size(size, "--encoder", len(sides))
@@ -211,6 +223,7 @@ class Encoder(nn.Module):
         self.register_buffer("positions", sincos_positions(self.grid, self.width), persistent=False)
         self.blocks = nn.ModuleList(Block(self.width, heads, mlp_ratio) for _ in range(depth))
         self.norm = nn.LayerNorm(self.width, eps=1e-6)
+        self.registers = nn.Parameter(0.02 * torch.randn(registers, self.width)) if registers else None
         self.recompute = False  # methods.build sets it
         self.apply(initialise)
         with torch.no_grad():  # twice Xavier's, so that a patch's content counts for more than its position from the first step
@@ -234,11 +247,15 @@ class Encoder(nn.Module):
         x = x + (self.positions if grid == self.grid else resize_positions(self.positions, self.grid, grid))  # [B, N, D]
         if indices is not None:
             x = take(x, indices)  # [B, Nc, D]: hidden patches leave before the first block, so nothing can leak from them
+        Nc = x.shape[1]
+        if self.registers is not None:  # R of them
+            x = torch.cat([x, self.registers.expand(len(x), -1, -1)], dim=1)  # [B, Nc + R, D]
+            valid = None if valid is None else F.pad(valid, (0, len(self.registers)), value=True)  # [B, Nc + R]
         layers = []
         for block in self.blocks:
             x = apply_block(block, x, valid, self.recompute)
-            layers.append(x)
-        return self.norm(x) if return_layers is None else [self.norm(layer) for layer in layers[-return_layers:]]
+            layers.append(x[:, :Nc])  # [B, Nc, D]
+        return self.norm(layers[-1]) if return_layers is None else [self.norm(layer) for layer in layers[-return_layers:]]
 
 
 # --- I-JEPA ------------------------------------------------------------------------------------------------------------

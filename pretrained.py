@@ -28,6 +28,8 @@ from models import IJEPA, SIZES, Encoder, sincos_positions
 ADDRESS = "https://dl.fbaipublicfiles.com/ijepa"
 # ViT-Huge/14, ViT-Huge/16 at 448 pixels, ViT-Huge/14 and ViT-giant/16 (README of github.com/facebookresearch/ijepa).
 OFFICIAL = ("IN1K-vit.h.14-300e", "IN1K-vit.h.16-448px-300e", "IN22K-vit.h.14-900e", "IN22K-vit.g.16-600e")
+# Small encoders that come with this code, as `pack` writes them; what each was measured at lies beside it.
+SHIPPED = {path.stem: path for path in sorted(Path(__file__).with_name("encoders").glob("*.pt"))}
 HEADS = {width: heads for width, _, heads, _ in SIZES.values()}  # heads leave no trace in the weights; the official widths imply them
 
 # Our names -> theirs, as patterns replaced one after the other. Positions are no parameter of ours, but of theirs.
@@ -100,7 +102,9 @@ def foreign_weights(module, names, patch_size=None, prefix=""):
 
 
 def check_square(encoder):
-    """Refuse what neither format can hold: volumes, and images that are not square."""
+    """Refuse what neither format can hold: registers, volumes, and images that are not square."""
+    if encoder.registers is not None:
+        raise UsageError(f"only encoders without registers can be written, this one has {len(encoder.registers)}")
     if len(encoder.grid) != 2 or encoder.grid[0] != encoder.grid[1]:
         raise UsageError(f"only encoders of square images can be written, not of {'x'.join(map(str, encoder.image_size))} pixels")
 
@@ -145,17 +149,18 @@ def check_sha256(path, record):
 
 
 def locate(source, data_dir):
-    """The path that `source` names; one of OFFICIAL lies in data_dir and is downloaded (10 to 17 GB) where it does not.
+    """The path that `source` names: one of SHIPPED; one of OFFICIAL, in data_dir, downloaded (10 to 17 GB) where it is not there; a path.
 
     Raises UsageError where there is none, or where it has changed since its SHA-256 was recorded.
     """
-    path = Path(data_dir) / f"{source}.pth.tar" if source in OFFICIAL else Path(source).expanduser()
+    path = Path(data_dir) / f"{source}.pth.tar" if source in OFFICIAL else SHIPPED.get(source, Path(source).expanduser())
     if source in OFFICIAL and not path.is_file():
         with only_one(path):
             if not path.is_file():  # else another process fetched it while this one waited
                 download(f"{ADDRESS}/{path.name}", path, f"put {path.name} into {path.parent}")
     if not path.exists():
-        raise UsageError(f"'{source}' is none of {', '.join(OFFICIAL)}, nor a .pth.tar, a Hugging Face folder or a run's encoder.pt")
+        raise UsageError(f"'{source}' is none of {', '.join([*SHIPPED, *OFFICIAL])}, nor a .pth.tar, a Hugging Face folder or a run's "
+                         "encoder.pt")
     if path.is_file():
         check_sha256(path, record=source in OFFICIAL)
     return path
@@ -340,20 +345,22 @@ def to_huggingface(encoder, folder, mean, std):
 @dataclass
 class Pretrained:
     """An encoder in eval mode with what is needed to use it: `shape`, of which Encoder(**shape) is the same untrained; `mean` and `std`
-    of its images, one float a channel, or None where only the data can tell; `kind`, what it is in words."""
+    of its images, one float a channel, or None where only the data can tell; `kind`, what it is in words; `command`, what trained it, if
+    that is known."""
 
     encoder: Encoder
     shape: dict
     mean: "tuple | None"
     std: "tuple | None"
     kind: str
+    command: str = ""
 
 
 def run_encoder(stored, path):
     """What is in a run's encoder.pt, as Pretrained. Raises UsageError where the weights do not fit the settings."""
     run, about = settings.from_dict(stored["config"]), stored["data"]
     shape = {"size": run.encoder, "image_size": run.image_size, "patch_size": run.patch_size, "channels": about["channels"],
-             "axes": about["axes"]}
+             "axes": about["axes"], "registers": run.registers}
     encoder = Encoder(**shape).eval()
     try:
         encoder.load_state_dict(stored["encoder"])
@@ -361,12 +368,19 @@ def run_encoder(stored, path):
         raise UsageError(f"the weights of {path} do not fit its settings ({one_line(error)[:200]})") from None
     npz = run.dataset in VOLUMES or Path(run.dataset).suffix.lower() == ".npz"  # normalised by its own training images
     statistics = (None, None) if npz else data.STATISTICS.get(run.dataset, data.STATISTICS["folder"])
-    return Pretrained(encoder, shape, *statistics, "target encoder of a run")
+    return Pretrained(encoder, shape, *statistics, "target encoder of a run", settings.command(run))
+
+
+def pack(source, path):
+    """Write a run's encoder.pt again with its weights in float16: half the size, right to three digits. `load` gives float32."""
+    stored = read(source)
+    half = {**stored, "encoder": {name: weights.half() for name, weights in stored["encoder"].items()}}
+    checkpoint.write(Path(path), lambda temporary: torch.save(half, temporary))
 
 
 def load(source, data_dir="data"):
-    """Whatever `source` names, as Pretrained: one of OFFICIAL (downloaded into data_dir once), a .pth.tar of the official code, a
-    Hugging Face folder, or a run's encoder.pt. Of an official checkpoint the target encoder is kept, which the paper evaluates.
+    """Whatever `source` names, as Pretrained: one of SHIPPED, one of OFFICIAL (downloaded into data_dir once), a .pth.tar of the official
+    code, a Hugging Face folder, or a run's encoder.pt. Of an official checkpoint the target encoder is kept, which the paper evaluates.
 
     Raises UsageError where there is none, or it cannot be read.
     """

@@ -6,11 +6,13 @@ long. A run folder holds config.json, metrics.csv, checkpoint.pt (all that is ne
 """
 
 import contextlib
+import ctypes
 import itertools
 import json
 import math
 import os
 import pathlib
+import platform
 import sys
 import time
 from dataclasses import asdict
@@ -193,23 +195,24 @@ def time_step(config, model, dataset, device):
     """
     generator = torch.Generator(device).manual_seed(0)
     stream = image_stream(config, dataset, device, generator, 0)
-    for _ in range(3 if config.compile else 2):  # the last one counts; the first is compiled for its own shapes, the second for any
-        start = time.perf_counter()
-        batch = next(stream)
-        try:
-            with autocast(config, device):
-                loss = model(*batch, generator=generator).loss
-            loss.backward()
-        except torch.OutOfMemoryError:
-            raise UsageError(f"a batch of {config.batch_size} images does not fit in the memory of {device}; "
-                             "lower --batch-size and raise --accumulation as much") from None
-        except RuntimeError as error:
-            if not config.compile:
-                raise
-            raise UsageError(f"--compile is given: torch.compile makes no code for {device} here ({data.one_line(error)[:200]}); "
-                             "leave it out, or install what is missing (a C++ compiler, on CUDA triton)") from None
-        loss.item()  # waits for the device
-        seconds = time.perf_counter() - start
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        for _ in range(3 if config.compile else 2):  # the last one counts; the first is compiled for its own shapes, the second for any
+            start = time.perf_counter()
+            batch = next(stream)
+            try:
+                with autocast(config, device):
+                    loss = model(*batch, generator=generator).loss
+                loss.backward()
+            except torch.OutOfMemoryError:
+                raise UsageError(f"a batch of {config.batch_size} images does not fit in the memory of {device}; "
+                                 "lower --batch-size and raise --accumulation as much") from None
+            except RuntimeError as error:
+                if not config.compile:
+                    raise
+                raise UsageError(f"--compile is given: torch.compile makes no code for {device} here ({data.one_line(error)[:200]}); "
+                                 "leave it out, or install what is missing (a C++ compiler, on CUDA triton)") from None
+            loss.item()  # waits for the device
+            seconds = time.perf_counter() - start
     model.zero_grad()
     return seconds * config.accumulation
 
@@ -316,6 +319,18 @@ def refuse(config, saver, where, values, step):
                      f"{kept} a lower --lr (now {config.lr:g}) or --clip-grad 1")
 
 
+def keep_memory():
+    """Let this process keep the memory that a training step frees for the next one; returns whether it does, which is on glibc only.
+
+    Left alone, glibc gives large pieces back to the system at once, and the next step pays for each of their pages again. Pieces of 1 GB
+    and more are given back as before.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    libc, trim_threshold, mmap_threshold = ctypes.CDLL(None), -1, -3  # numbers of malloc.h
+    return libc.mallopt(mmap_threshold, 2**30) == 1 and libc.mallopt(trim_threshold, 2**31 - 1) == 1  # old versions refuse the first
+
+
 @contextlib.contextmanager
 def determinism(wanted):
     """Within `with`, and if wanted, operations that do not give the same bits every time are replaced or refused."""
@@ -416,6 +431,7 @@ def main(argv=None):
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     parser.add_argument("--override", action="store_true", help="with --resume: go on although settings, data or device are not the run's")
     arguments = parser.parse_args(argv)
+    keep_memory()
     if parallel.restarted() and not arguments.resume:
         config = settings.from_arguments(arguments)
         arguments.out = config.out or f"runs/{config.preset}"

@@ -46,15 +46,16 @@ def counted(config, axes, classes):
     return counter.get_total_flops() / B, tokens
 
 
-FLAT = [*METHODS, "ijepa truncate", "ijepa context_size"]
-VOLUMES = [method for method in FLAT if method != "ijepa-raster-masks"]  # which are for flat images
+FLAT = [*METHODS, "ijepa truncate", "ijepa context_size", *(f"{method} registers" for method in METHODS)]
+VOLUMES = [method for method in FLAT if "raster" not in method]  # which are for flat images
 
 
 @pytest.mark.parametrize("method,axes", [*((method, 2) for method in FLAT), *((method, 3) for method in VOLUMES)])
 def test_the_flops_counted_from_the_shapes_are_those_that_torch_counts(method, axes):
     """Equal, with no tolerance: both count the same whole numbers, and sums of these below 2**53 are exact."""
     method, *more = method.split()
-    changes = {"truncate": {"mask_mode": "truncate"}, "context_size": {"context_size": 3}}.get(more[0] if more else "", {})
+    changes = {"truncate": {"mask_mode": "truncate"}, "context_size": {"context_size": 3}, "registers": {"registers": 2}}
+    changes = changes[more[0]] if more else {}
     config = from_preset("shapes", method=method, image_size=16, encoder="24x2x2x50", predictor="12x2x3", batch_size=4,
                          **{"context_size": 0, "min_keep": 1, **changes})
     flops, tokens = counted(config, axes, classes=5)

@@ -246,3 +246,65 @@ def test_a_run_from_before_there_was_the_setting_is_read():
 def test_a_method_that_does_not_exist_is_refused_with_those_that_do():
     with pytest.raises(UsageError, match="--method is byol: choose one of ijepa, mae"):
         from_preset("shapes", method="byol")
+
+
+# --- beyond the paper ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_vicreg_term_is_nothing_for_features_that_differ_in_every_direction_and_grows_as_they_become_alike():
+    apart = torch.randn(4000, 8, generator=torch.Generator().manual_seed(0)) * 2
+    assert methods.variance_and_covariance(apart) < 0.01  # covariances of 4,000 draws: 4 / sqrt(4000) each
+    assert methods.variance_and_covariance(0.1 * apart) == pytest.approx(0.8, abs=0.02)  # a deviation of .2 lacks .8
+    assert methods.variance_and_covariance(torch.ones(10, 8)) == pytest.approx(0.99)  # eq. 2's epsilon of .0001 counts for .01
+    assert methods.variance_and_covariance(torch.ones(1, 8)).isfinite()  # one image differs from no other
+    alike = apart[:, :1].expand(-1, 8)  # seven covariances of 4 a feature, squared, and a 25th of that
+    assert methods.variance_and_covariance(alike) == pytest.approx(7 * 16 / 25, rel=0.1)
+
+
+def test_with_vicreg_the_loss_has_that_of_the_context_of_all_images_as_well():
+    """Padded contexts go through in groups, and padding does not count."""
+    config = tiny(context_size=0, vicreg=0.5)
+    model, x = methods.build(config), torch.randn(70, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+    masks = model.masking(70, torch.Generator().manual_seed(0))
+    output, pooled = model(x, masks), []
+    for image, context, valid in zip(x, masks.context, masks.context_valid):
+        pooled.append(model.context_encoder(image[None], context[valid][None])[0].mean(0))  # [D]
+    model.vicreg = 0.0
+    expected = model(x, masks).loss + 0.5 * methods.variance_and_covariance(torch.stack(pooled))
+    assert output.loss.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_registers_join_every_image_and_leave_again():
+    encoder, x = Encoder("16x2x1", 24, 4, registers=3), images()
+    assert encoder.registers.shape == (3, 16) and Encoder("16x2x1", 24, 4).registers is None
+    lengths = []
+    encoder.blocks[0].register_forward_hook(lambda module, given, output: lengths.append(output.shape[1]))
+    indices, valid = torch.tensor([[1, 5, 7]] * 4), torch.tensor([[True, True, False]] * 4)
+    padded, alone = encoder(x, indices, valid), encoder(x, indices[:, :2])
+    assert padded.shape == (4, 3, 16) and lengths == [6, 5]
+    torch.testing.assert_close(padded[:, :2], alone)
+    assert [layer.shape for layer in encoder(x, return_layers=2)] == [(4, 36, 16)] * 2
+    with torch.no_grad():
+        encoder.registers.add_(1.0)
+    assert not torch.allclose(encoder(x, indices[:, :2]), alone)  # the patches look at them
+
+
+def test_stochastic_depth_skips_branches_of_the_context_encoder_as_often_as_it_says_and_keeps_their_mean():
+    model, x = methods.build(tiny(stochastic_depth=0.4)), torch.randn(2000, 3, 8, 16)
+    block, tokens = model.context_encoder.blocks[1].train(), torch.randn(2000, 2, 16)
+    torch.manual_seed(0)
+    branch, whole = block.attention(tokens), block.eval().attention(tokens)
+    skipped = (branch == 0).all(-1).all(-1)
+    assert skipped.float().mean() == pytest.approx(0.4, abs=0.05)  # of 2,000 images; the deviation is .011
+    torch.testing.assert_close(branch[~skipped], whole[~skipped] / 0.6)
+    first = model.context_encoder.blocks[0].train().mlp(tokens)
+    assert (first == 0).all(-1).all(-1).float().mean() == pytest.approx(0.2, abs=0.05)
+    target = model.target_encoder.train().blocks[1].mlp(tokens)
+    assert not (target == 0).all(-1).any() and x.shape[0] == 2000
+
+
+def test_gradients_are_right_where_a_skipping_block_is_computed_again():
+    config = tiny(stochastic_depth=0.5, context_size=0)
+    torch.manual_seed(1)
+    plain, again = (gradients(dataclasses.replace(config, recompute=recompute)) for recompute in (False, True))
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))

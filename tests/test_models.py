@@ -85,6 +85,16 @@ def test_the_kernel_equals_softmax_attention_written_out(padded):
     assert torch.allclose(F.scaled_dot_product_attention(q, k, v, attn_mask=mask), explicit_attention(q, k, v, mask), atol=1e-6)
 
 
+@pytest.mark.parametrize("tokens, precision, formula", [
+    (128, torch.float32, True), (129, torch.float32, False), (129, torch.bfloat16, True)])
+def test_attention_on_a_cpu_goes_by_the_formula_where_that_is_faster(tokens, precision, formula, monkeypatch):
+    by_formula = []
+    monkeypatch.setattr("models.explicit_attention", lambda *parts: by_formula.append(parts) or parts[2])
+    with torch.autocast("cpu", precision, enabled=precision == torch.bfloat16):
+        Attention(8, 2)(torch.randn(2, tokens, 8))
+    assert bool(by_formula) == formula
+
+
 def test_attention_equals_attention_without_the_padding():
     attention = Attention(32, 4)
     x, valid = torch.randn(1, 7, 32), torch.tensor([[True] * 5 + [False] * 2])

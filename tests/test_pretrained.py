@@ -27,11 +27,12 @@ import evaluate
 import methods
 import models
 import pretrained
+import train
 from config import UsageError
 from masking import Masks
 from models import IJEPA, Encoder
 from test_readme import snippets
-from test_train import few_shapes  # noqa: F401 (the fixture works by being here)
+from test_train import few_shapes, tiny  # noqa: F401 (the fixture works by being here)
 
 
 # --- the official format, made up and computed once more ------------------------------------------------------------------
@@ -276,7 +277,7 @@ def test_by_name_it_is_downloaded_once_and_its_checksum_kept_and_compared(offici
             pretrained.from_official(source, kept)
     with pytest.raises(UsageError, match="cannot fetch http.*not found.*; put IN22K-vit.g.16-600e.pth.tar into .*data"):
         pretrained.from_official("IN22K-vit.g.16-600e", kept)
-    with pytest.raises(UsageError, match="'IN1K-vit.h.14' is none of IN1K-vit.h.14-300e, .*nor a .pth.tar"):
+    with pytest.raises(UsageError, match="'IN1K-vit.h.14' is none of .*IN1K-vit.h.14-300e, .*nor a .pth.tar"):
         pretrained.load("IN1K-vit.h.14")
 
 
@@ -434,7 +435,7 @@ def probe(source, out, capsys):
     written = json.loads((out / "evaluation.json").read_text())
     assert evaluate.table(written) in capsys.readouterr().out
     assert set(written["features"]) == set(written["low_shot"]["scores"]) == {"target", "random", "pixels"}
-    assert written["split_sizes"] == {"train": 40, "test": 64} and "--pretrained" in written["commands"][0]
+    assert written["split_sizes"] == {"train": 40, "test": 64} and "--pretrained" in written["commands"][-1]
     assert all(0 <= score[measure] <= 1 for score in written["features"].values() for measure in ("linear", "knn", "precision@5"))
     assert written["features"]["target"] != written["features"]["random"]
     return written
@@ -477,6 +478,35 @@ def test_results_go_to_a_folder_named_after_encoder_and_data():
     assert place("IN1K-vit.h.14-300e", "stl10") == os.path.join("runs", "IN1K-vit.h.14-300e-on-stl10")
     assert place("x/a.b.pth.tar") == os.path.join("runs", "a.b-on-cats")
     assert place("runs/mine/encoder.pt") == os.path.join("runs", "mine-encoder-on-cats")
+
+
+def test_a_packed_encoder_is_half_as_large_and_gives_the_same_features_to_three_digits(run, tmp_path):
+    folder, model = run
+    pretrained.pack(folder / "encoder.pt", tmp_path / "small.pt")
+    weights = {name: tensor.dtype for name, tensor in torch.load(tmp_path / "small.pt")["encoder"].items()}
+    assert set(weights.values()) == {torch.float16}
+    images = torch.randn(8, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+    found = pretrained.load(tmp_path / "small.pt")
+    assert found.encoder.norm.weight.dtype == torch.float32 and found.command.startswith("python train.py")
+    with torch.no_grad():
+        torch.testing.assert_close(found.encoder(images), model.target_encoder(images), rtol=0, atol=0.01)  # of features of size 1
+
+
+@pytest.mark.parametrize("name", pretrained.SHIPPED)
+def test_a_shipped_encoder_is_small_and_has_its_accuracy_beside(name):
+    path = pretrained.SHIPPED[name]
+    measured, found = json.loads(path.with_suffix(".json").read_text()), pretrained.load(name)
+    assert path.stat().st_size < 12e6 and measured["pretrained"]["source"] == name
+    assert measured["commands"][0] == found.command and measured["pretrained"]["size"] == found.shape["size"]
+    assert measured["features"]["target"]["linear"] > measured["features"]["random"]["linear"] + 0.1
+
+
+def test_a_run_with_registers_is_read_and_cannot_be_written_in_formats_that_have_none(tmp_path):
+    train.train(tiny(tmp_path, registers=2, max_steps=1))
+    encoder = pretrained.load(tmp_path / "encoder.pt").encoder
+    assert encoder.registers.shape == (2, 16)
+    with pytest.raises(UsageError, match="only encoders without registers can be written, this one has 2"):
+        pretrained.to_huggingface(encoder, tmp_path / "theirs", (0.5,) * 3, (0.5,) * 3)
 
 
 def test_what_evaluate_cannot_do_is_one_line(run, tmp_path):

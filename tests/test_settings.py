@@ -162,6 +162,11 @@ WRONG = [
     ("train", "--lr-start inf", "--lr-start is inf", "finite"),
     ("train", "--weight-decay -1", "--weight-decay is -1.0", "cannot be negative"),
     ("train", "--clip-grad -1", "--clip-grad is -1.0", "cannot be negative"),
+    ("train", "--stochastic-depth 1", "--stochastic-depth is 1.0", "from 0 to below 1"),
+    ("train", "--registers -1", "--registers is -1", "cannot be negative"),
+    ("train", "--registers 2000000000", "--registers 2000000000", "GB of memory or more"),
+    ("train", "--vicreg -0.1", "--vicreg is -0.1", "cannot be negative"),
+    ("train", "--method mae --vicreg 0.1", "--vicreg is 0.1", "--method mae makes nothing of it"),
     ("train", "--warmup 40", "--warmup is 40.0", "from 0 to 1"),
     ("train", "--momentum 1.5", "--momentum is 1.5", "from 0 to 1"),
     ("train", "--momentum-final -0.1", "--momentum-final is -0.1", "from 0 to 1"),
@@ -259,7 +264,7 @@ WRONG = [
     ("evaluate", "good --pretrained x", "name run folders", "--pretrained"),
     ("evaluate", "--pretrained x", "--pretrained is x", "--dataset"),
     ("evaluate", "good --out x", "--out is x", "it is for --pretrained"),
-    ("evaluate", "--pretrained x --dataset shapes", "'x' is none of IN1K-vit.h.14-300e", "encoder.pt"),
+    ("evaluate", "--pretrained x --dataset shapes", "'x' is none of", "IN1K-vit.h.14-300e", "encoder.pt"),
     ("evaluate", "nowhere", "nowhere holds no checkpoint.pt", "train with"),
     ("evaluate", "photos", "photos holds no checkpoint.pt", "train with"),
     ("evaluate", "halved", "halved/checkpoint.pt cannot be read", "damaged"),
@@ -386,11 +391,12 @@ SENSIBLE = {  # what a draw picks from; numbers as they are typed
     "preset": list(settings.PRESETS), "data_dir": ["data", "my data"], "crop_scale": ["1 1", "0.3 1", "0.5 0.5"], "flip": [True, False],
     "num_targets": ["1", "2", "4", "6"], "target_scale": ["0.15 0.2", "0.05 0.1", "0.2 0.4"], "target_aspect": ["0.75 1.5", "1 1", "0.2 5"],
     "context_scale": ["0.85 1", "0.3 0.6", "1 1"], "context_size": ["0", "0", "1", "3"], "mask_mode": ["pad", "truncate"],
-    "min_keep": ["1", "2", "4"], "allow_overlap": [True, False], "encoder": ["16x1x2", "8x2x1", "24x1x4", "12x3x3"],
+    "min_keep": ["1", "2", "4"], "allow_overlap": [True, False], "encoder": ["16x1x2", "8x2x1", "24x2x4", "12x3x3"],
     "predictor": ["8x1x2", "12x2x3", "16x1x1"], "loss": ["l2", "smooth_l1"], "method": ["ijepa"] * 8 + list(settings.METHODS),
     "targets": ["features", "pixels"], "masks": ["blocks", "blocks", "random", "raster"], "mask_ratio": ["0.5", "0.6", "0.9"],
     "masked_input": [False, False, True], "stop_gradient": [True, True, False], "target_norm": [True, False],
-    "target_layers": ["1", "1", "2"], "epochs": ["1", "3", "100"],
+    "target_layers": ["1", "1", "2"], "registers": ["0", "2"], "stochastic_depth": ["0", "0.5"], "vicreg": ["0", "0.1"],
+    "epochs": ["1", "3", "100"],
     "batch_size": ["1", "4", "16"], "accumulation": ["1", "1", "2"], "optimizer": ["adamw", "adam", "sgd"],
     "schedule": ["cosine", "constant"], "betas": ["0.9 0.999", "0 0", "0.9 0.95"],
     "lr": ["1e-3", "0.1", "1e-8"], "lr_start": ["0", "1e-4", "0.01"], "lr_final": ["0", "1e-6"],
@@ -400,7 +406,7 @@ SENSIBLE = {  # what a draw picks from; numbers as they are typed
     "precision": ["auto", "fp32", "bf16"], "recompute": [True, False], "compile": [False], "workers": ["0", "1", "8"],
     "max_steps": ["2", "2", "2", "1", "3"], "max_minutes": ["0", "10", "0.001"],
     "checkpoint_minutes": ["2", "0", "1e9"], "deterministic": [True, False], "tensorboard": [False, False, True],
-    "wandb": ["", "", "students"], "out": ["out/run", "out/a run", "out/été", "out/1/2/3"],
+    "wandb": ["", "", "", "", "students"], "out": ["out/run", "out/a run", "out/été", "out/1/2/3"],
 }
 NUMBERS = ["-1", "0", "1", "2", "3", "7", "1000", "2147483647", "99999999999", "0.5", "1e-30", "1e30", "1e308", "nan", "inf", "-inf",
            "-1e-3", "", "ten"]
@@ -431,8 +437,8 @@ def draw(rng):
                "split": rng.choice(splits)}
     given = {name for name in values if name in ALWAYS or rng.random() < 0.4}
     if values["method"] != "ijepa" and "method" in given and rng.random() < 0.9:  # what a method stands for need not be said again
-        given -= {"targets", "masks", "masked_input", "stop_gradient", "target_norm", "target_layers", "num_targets", "momentum",
-                  "momentum_final"}
+        given -= {"targets", "masks", "masked_input", "stop_gradient", "target_norm", "target_layers", "vicreg", "num_targets",
+                  "momentum", "momentum_final"}
     if "targets" in given and values["targets"] == "pixels" and rng.random() < 0.9:  # which these say nothing of
         given -= {"masked_input", "stop_gradient", "target_norm", "target_layers"}
     read = ("masks" in given and values["masks"] == "random") or ("method" in given and values["method"] == "mae")
