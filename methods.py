@@ -1,6 +1,7 @@
 """Everything that the one training loop can train: I-JEPA, I-JEPA with a part taken away, the masked autoencoder, and supervision.
 
-`build` makes the model that `--method` names. Each has what the loop, the diagnostics and the probes use: `forward(images, generator=...)`
+`build` makes the model that `--method` names, with what goes beyond the paper where that is asked for: targets of several layers, VICReg's
+terms, registers, stochastic depth. Each has what the loop, the diagnostics and the probes use: `forward(images, generator=...)`
 with a loss, `update_target`, and the `target_encoder` whose features are kept.
 """
 
@@ -20,23 +21,6 @@ from masking import RandomMasking, RasterMasking
 from models import IJEPA, Encoder, Output, Predictor, initialise, parse_size, take
 
 
-def drop(module, inputs, output, rate):
-    """A forward hook: in training, output [B, N, D] of a residual branch is 0 for some of the images, and for the others as much larger."""
-    if not module.training:
-        return output
-    kept = torch.rand(len(output), 1, 1, device=output.device) >= rate  # [B, 1, 1]
-    return output * kept / (1 - rate)
-
-
-def stochastic_depth(encoder, rate):
-    """Have an Encoder skip, while it trains, attention and MLP of its blocks at random, image by image: with a probability that rises over
-    the depth to `rate` (Huang et al. 2016, arXiv:1603.09382).
-    """
-    for number, block in enumerate(encoder.blocks, 1):
-        for branch in (block.attention, block.mlp):
-            branch.register_forward_hook(functools.partial(drop, rate=rate * number / len(encoder.blocks)))
-
-
 def variance_and_covariance(features):
     """How far features float [B, D] are from telling images apart in every direction, a scalar (VICReg, arXiv:2105.04906, eq. 1 to 4).
 
@@ -44,14 +28,15 @@ def variance_and_covariance(features):
     summed and divided by the width.
     """
     centred = features.float() - features.float().mean(0)  # [B, D]
-    covariance = centred.T @ centred / max(len(features) - 1, 1)  # [D, D]
+    with torch.autocast(features.device.type, enabled=False):  # which would square in bfloat16
+        covariance = centred.T @ centred / max(len(features) - 1, 1)  # [D, D]
     deviation = (covariance.diagonal() + 1e-4).sqrt()  # [D]
     off_diagonal = covariance.square().sum() - covariance.diagonal().square().sum()
     return F.relu(1 - deviation).mean() + off_diagonal / features.shape[1] / 25
 
 
 class AblatedIJEPA(IJEPA):
-    """I-JEPA with a part taken away or changed, to see what it is for; with these defaults nothing is.
+    """I-JEPA with a part taken away, changed or added, to see what it is for; with these defaults nothing is.
 
     stop_gradient=False: the context encoder makes its own targets, and gradients reach them. target_norm=False: targets as they come.
     target_layers=K: targets are the mean of the last K blocks' layer-normed outputs (data2vec, arXiv:2202.03555). vicreg=weight: the loss
@@ -135,6 +120,23 @@ class Supervised(nn.Module):
         """Nothing: there is no target encoder that follows."""
 
 
+def drop(module, inputs, output, rate):
+    """A forward hook: in training, output [B, N, D] of a residual branch is 0 for some of the images, and for the others as much larger."""
+    if not module.training:
+        return output
+    kept = torch.rand(len(output), 1, 1, device=output.device) >= rate  # [B, 1, 1]
+    return output * kept / (1 - rate)
+
+
+def stochastic_depth(encoder, rate):
+    """Have an Encoder skip, while it trains, attention and MLP of its blocks at random, image by image: with a probability that rises over
+    the depth to `rate` (Huang et al. 2016, arXiv:1603.09382).
+    """
+    for number, block in enumerate(encoder.blocks, 1):
+        for branch in (block.attention, block.mlp):
+            branch.register_forward_hook(functools.partial(drop, rate=rate * number / len(encoder.blocks)))
+
+
 def masking(config, grid):
     """The sampler of masks that a Config describes, on a grid."""
     if config.masks == "random":
@@ -197,8 +199,7 @@ def assemble(config, channels, axes, classes):
         return Supervised(encoder, classes)
     parts = encoder, config.predictor, masking(config, encoder.grid), config.loss
     changed = {"stop_gradient": config.stop_gradient, "target_norm": config.target_norm, "pixels": config.targets == "pixels",
-               "masked_input": config.masked_input, "target_layers": config.target_layers,
-               "vicreg": config.vicreg}
+               "masked_input": config.masked_input, "target_layers": config.target_layers, "vicreg": config.vicreg}
     settings.need(config, config.target_layers <= len(encoder.blocks), "target_layers", f"--encoder {config.encoder} has "
                   f"{len(encoder.blocks)} blocks")
     if all(changed[name] == whole for name, whole in WHOLE.items()):

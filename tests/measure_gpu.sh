@@ -41,6 +41,7 @@ recipe)
 budgets)
     "$python" experiments.py budgets --preset cifar10 --measurements 0 --labels 0 --note "JPEG copy of CIFAR-10." "$@"
     cp results/budgets_cifar10.* "$out"
+    cp runs/experiments/budgets_cifar10-10-min-0/encoder.pt "$out/encoder_10_min.pt"  # to be shipped: pretrained.pack
     ;;
 *)
     echo "error: $part is none of speed, recipe, budgets" >&2

@@ -150,8 +150,9 @@ def test_every_exercise_has_a_stub_a_check_and_a_folded_solution(path):
 def copied(tmp_path_factory):
     """A folder with the files that a notebook needs, and no runs. A notebook's second execution finds the run of its first."""
     folder = tmp_path_factory.mktemp("repository")
-    (folder / "tests").mkdir()
-    for path in (*ROOT.glob("*.py"), *ROOT.glob("*.ipynb"), *ROOT.glob("tests/exercises_*.py")):
+    for name in ("tests", "encoders"):
+        (folder / name).mkdir()
+    for path in (*ROOT.glob("*.py"), *ROOT.glob("*.ipynb"), *ROOT.glob("tests/exercises_*.py"), *ROOT.glob("encoders/*.pt")):
         shutil.copy(path, folder / path.relative_to(ROOT))
     return folder
 
