@@ -4,7 +4,8 @@
 # make lint   style checks
 # make results  the runs behind the README's tables of embedded shapes and volumes, three seeds each (half an hour)
 # make comparison  I-JEPA, MAE and supervision, three seeds (hours on a CPU; stopped, it goes on where it was)
-# make ablations   the paper's ablations at our scale, three seeds (hours on a CPU)
+# make ablations   the paper's ablations at our scale (an hour and a half on a CPU)
+# make encoder    trains encoders/cifar10-small.pt again and measures it (an hour and a half; needs CIFAR-10 in data/)
 # make collapse  what each safeguard against collapse is worth (minutes)
 # make streaming   what a folder too large for memory costs: images/s, memory (minutes)
 # make torture     kills runs at random moments and injects faults: results/reliability.md (a quarter of an hour)
@@ -16,7 +17,7 @@ RUN := .venv/bin/python
 # Threads that wait asleep, not spinning: as fast on an idle machine, many times faster on one that does something else too.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test notebooks results probe-speed streaming torture collapse comparison ablations lint clean
+.PHONY: demo test notebooks results probe-speed streaming torture collapse comparison ablations encoder lint clean
 
 .venv/ready: requirements.txt constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -59,6 +60,14 @@ streaming: .venv/ready
 torture: .venv/tested
 	$(RUN) tests/torture.py
 
+encoder: .venv/ready
+	$(RUN) train.py --preset cifar10 --context-size 12 --target-layers 4 --vicreg 0.02 --predictor 96x2x2 --batch-size 128 \
+		--lr 0.002 --lr-start 0.0002 --weight-decay-final 0.04 --momentum 0.99 --momentum-final 0.998 --measurements 40 \
+		--precision bf16 --max-minutes 80 --out runs/cifar10-small
+	$(RUN) -c "import pretrained; pretrained.pack('runs/cifar10-small/encoder.pt', 'encoders/cifar10-small.pt')"
+	$(RUN) evaluate.py --pretrained cifar10-small --dataset cifar10 --train-images 0
+	cp runs/cifar10-small-on-cifar10/evaluation.json encoders/cifar10-small.json
+
 collapse: .venv/ready
 	$(RUN) tests/measure_collapse.py > collapse.tmp && mv collapse.tmp results/collapse.json
 
@@ -66,7 +75,7 @@ comparison: .venv/ready
 	$(RUN) experiments.py comparison --seeds 0 1 2
 
 ablations: .venv/ready
-	$(RUN) experiments.py ablations --seeds 0 1 2
+	$(RUN) experiments.py ablations --epochs 5
 
 lint: .venv/ready
 	$(RUN) -m pip install --quiet ruff==0.17.5

@@ -76,7 +76,7 @@ def test_the_committed_runs_of_embedded_data_are_those_of_todays_presets(preset)
         assert changed == [] and then.seed == seed
 
 
-@pytest.mark.parametrize("name", ["comparison", "comparison_cifar10"])
+@pytest.mark.parametrize("name", ["comparison", "comparison_cifar10", "ablations"])
 def test_the_contrasts_tables_are_those_of_results(name):
     rows = json.loads((ROOT / f"results/{name}.json").read_text())["rows"]
     assert experiments.markdown(rows, "", "").strip().split("\n\n")[-1] in README.split("## The contrast")[1].split("\n## ")[0]
@@ -87,6 +87,14 @@ def test_the_cifar_table_is_the_committed_run():
     for name in ("target encoder", "context encoder", "random encoder", "raw pixels"):
         score = run["features"][name.split()[0 if "raw" not in name else 1]]
         assert table_row(name, "### CIFAR-10") == [f"{100 * score[measure]:.1f}" for measure in ("linear", "best", "knn", "precision@5")]
+
+
+def test_the_shipped_encoders_table_is_what_was_measured_of_it():
+    run = json.loads((ROOT / "encoders/cifar10-small.json").read_text())
+    for name in ("target encoder", "random encoder", "raw pixels"):
+        score = run["features"][name.split()[0 if "raw" not in name else 1]]
+        expected = [f"{100 * score[measure]:.1f}" for measure in ("linear", "best", "knn", "precision@5")]
+        assert table_row(name, "### An encoder that comes") == expected
 
 
 def test_the_predictor_finds_the_hidden_patch_and_the_untrained_one_does_not():
