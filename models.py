@@ -138,8 +138,8 @@ def explicit_attention(q, k, v, attn_mask=None):
 def attend(q, k, v, mask):
     """Softmax attention by the faster of two ways to compute the same, [B, nh, N, D/nh]; arguments as of explicit_attention.
 
-    torch's fused kernel holds no N x N scores and is the faster one on a GPU and for long sequences. For the few tokens of small images
-    a CPU is faster by the formula: a fifth in float32; in bfloat16, at any length, twice and more.
+    torch's fused kernel holds no N x N scores and is the faster one on a GPU and for long sequences. On a CPU the formula is: for the few
+    tokens of small images, by a little; in bfloat16, at any length, by twice and more (results/speed_cpu.json).
     """
     if q.device.type == "cpu" and (k.shape[2] <= 128 or q.dtype == torch.bfloat16):
         return explicit_attention(q, k, v, mask)
