@@ -82,6 +82,16 @@ def test_the_contrasts_tables_are_those_of_results(name):
     assert experiments.markdown(rows, "", "").strip().split("\n\n")[-1] in README.split("## The contrast")[1].split("\n## ")[0]
 
 
+def test_what_is_said_of_the_ablations_is_so():
+    """The spread of the first row, and that all rows but those that collapse differ by less."""
+    stored = json.loads((ROOT / "results/ablations.json").read_text())["rows"]
+    rows = {name: [100 * run["linear"] for run in row["runs"]] for name, row in stored.items()}
+    first = rows["I-JEPA as it is"]
+    assert f"{first[0]:.1f} and {first[1]:.1f}" in README.split("### What each part")[1]
+    for name, found in rows.items():
+        assert (max(found) < min(first) - 15) == (name in ("no stop-gradient", "momentum 0", "momentum 1"))
+
+
 def test_the_cifar_table_is_the_committed_run():
     run = json.loads((ROOT / "results/cifar10_cpu.json").read_text())
     for name in ("target encoder", "context encoder", "random encoder", "raw pixels"):
