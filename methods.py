@@ -58,9 +58,10 @@ class AblatedIJEPA(IJEPA):
     def forward(self, images, masks=None, generator=None):
         self.pooled = []  # what `predict` sees of the images: all of them at once, or in groups
         output = super().forward(images, masks, generator)
-        if not (self.vicreg and self.pooled):
+        pooled, self.pooled = self.pooled, []  # kept no longer: a model that holds tensors of a graph cannot be copied
+        if not pooled:
             return output
-        return output._replace(loss=output.loss + self.vicreg * variance_and_covariance(torch.cat(self.pooled)))
+        return output._replace(loss=output.loss + self.vicreg * variance_and_covariance(torch.cat(pooled)))
 
     def predict(self, images, masks):
         context = self.context_encoder(images, masks.context, masks.context_valid)  # [B, Nc, D]
