@@ -1,6 +1,8 @@
 """Claims about what a run tells: metrics.csv survives a crash, and the same numbers reach TensorBoard and Weights & Biases where asked."""
 
 import os
+import pathlib
+import subprocess
 import sys
 import types
 
@@ -10,11 +12,12 @@ import torch
 from PIL import Image
 
 import checkpoint
-import data
 import logs
 import train
 from config import UsageError
 from test_train import few_shapes, rows, tiny  # noqa: F401 (the fixture works by being here)
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 
 def slope(values):
@@ -102,15 +105,26 @@ def test_memory_stays_flat_over_2000_steps(tmp_path, monkeypatch):
     assert slope(used[5:]) / 100 < 1000, f"{slope(used[5:]) / 100:.0f} bytes a step"  # the first steps fill caches
 
 
-def test_memory_stays_flat_over_an_epoch_of_a_folder_too_large_for_memory(tmp_path, monkeypatch):
-    """Main and loader process together. A batch left behind would be 150 kB an image; the bound is a tenth of that."""
+EPOCH_OF_A_FOLDER = """
+import sys, psutil, data, folder, train
+train.keep_memory()
+folder.MEMORY_LIMIT, process = 0, psutil.Process()
+for _ in data.batches(data.load(sys.argv[1]), 64, 224, workers=1):
+    print("bytes", sum(p.memory_full_info().uss for p in (process, *process.children(recursive=True))))
+"""
+
+
+def test_memory_stays_flat_over_an_epoch_of_a_folder_too_large_for_memory(tmp_path):
+    """Main and loader process together, in a process of its own as training is one: what other tests have freed in pieces would be filled
+    first. A batch left behind would be 150 kB an image; the bound is a tenth of that."""
     Image.effect_noise((80, 80), 60).save(tmp_path / "0.jpg")
     for i in range(1, 1600):
         os.link(tmp_path / "0.jpg", tmp_path / f"{i}.jpg")
-    monkeypatch.setattr("folder.MEMORY_LIMIT", 0)
-    dataset, used, process = data.load(str(tmp_path)), [], psutil.Process()
-    for _ in data.batches(dataset, 64, 224, workers=1):
-        used.append(sum(p.memory_full_info().uss for p in (process, *process.children(recursive=True))))
+    said = subprocess.run([sys.executable, "-c", EPOCH_OF_A_FOLDER, str(tmp_path)], capture_output=True, text=True, check=True,
+                          cwd=ROOT).stdout
+    assert "too many for memory" in said
+    used = [int(line.split()[1]) for line in said.splitlines() if line.startswith("bytes")]
+    assert len(used) == 25
     assert slope(used[5:]) / 64 < 15000, f"{slope(used[5:]) / 64:.0f} bytes an image"  # the first batches fill buffers
 
 
