@@ -2,13 +2,14 @@
 
     python experiments.py comparison          I-JEPA, MAE, supervised, random: at equal epochs and at equal seconds
     python experiments.py ablations           masks, targets, predictor, as in the paper's tables 6 to 14
-    python experiments.py ablations --epochs 5 --seeds 0 1
+    python experiments.py ablations --epochs 5 --seeds 0 1 2
     python experiments.py recipe --preset cifar10 --epochs 20 --jobs 6      what each lever of a recipe is worth
     python experiments.py budgets --preset cifar10 --labels 0               what half a minute to ten minutes reach
 
 Each run lies in runs/experiments/NAME-SEED and is trained only once: stopped, the command goes on where it was. What a run scored is in
 its score.json; after each, results/NAME.json and results/NAME.md are written, and at the end images/ablations.png. What
-results/NAME.json knows of the same settings is not trained again, so that a table can grow seed by seed on several machines.
+results/NAME.json knows of the same settings is not trained again and is not lost when the command is stopped, so that a table can grow
+seed by seed on several machines.
 """
 
 import datetime
@@ -155,67 +156,77 @@ def settings(args, flags, *more):
 
 
 class Table:
-    """Rows of an experiment, name -> {"runs": what each seed scored}, written to results/ after each run."""
+    """The rows of an experiment: which runs are planned, and what those scored, now or when results/NAME.json was written before."""
 
     def __init__(self, args):
-        self.args, self.rows, self.name = args, {}, args.what if args.preset == "shapes" else f"{args.what}_{args.preset}"
+        self.args, self.planned, self.name = args, [], args.what if args.preset == "shapes" else f"{args.what}_{args.preset}"
         path = Path(f"results/{self.name}.json")
-        self.before = json.loads(path.read_text()) if path.exists() else {"rows": {}}
-        self.known = {(name, run["command"]): run for name, row in self.before["rows"].items() for run in row["runs"]}
+        before = json.loads(path.read_text()) if path.exists() else {"rows": {}}
+        self.known = {(name, run["command"]): run for name, row in before["rows"].items() for run in row["runs"]}
+        self.ratios = before.get("steps_in_the_time_of_one")
 
-    def run(self, name, flags, seed, more=()):
-        """The Config of a run."""
-        return settings(self.args, flags, *more, "--seed", str(seed), "--out", str(FOLDER / f"{name}-{seed}"))
+    def plan(self, row, name, flags, seed, more=(), finetune=0, random=False, **about):
+        """Add a run to a row, beside which `about` is written."""
+        run = settings(self.args, flags, *more, "--seed", str(seed), "--out", str(FOLDER / f"{name}-{seed}"))
+        self.planned.append((row, run, finetune, random, about))
 
-    def add(self, row, name, flags, seed, more=(), finetune=0, random=False, **about):
-        """Add what a run scored to a row: as results/ knows it, else trained and measured now; `about` is written beside the row."""
-        run = self.run(name, flags, seed, more)
-        found = self.known.get((row, config.command(run)))
-        if not found or (finetune and "fine_tuned" not in found):
-            found = score(trained(run), seed, finetune, random, self.args.labels)
-        self.rows.setdefault(row, {**about, "runs": []})["runs"].append(found)
-        print(f"{row:36}{100 * found['linear']:8.1f}", flush=True)
+    def rows(self):
+        """name -> {"runs": what each seed scored}, of the planned runs as far as it is known."""
+        rows = {}
+        for row, run, _, _, about in self.planned:
+            if found := self.known.get((row, config.command(run))):
+                rows.setdefault(row, {**about, "runs": []})["runs"].append(found)
+        return rows
+
+    def fill(self, jobs=1):
+        """Train and score what is not known yet, `jobs` trainings at a time, and write the table after each."""
+        missing = [plan for plan in self.planned if not self.scored(*plan[:3])]
+        if jobs > 1:
+            train_ahead([run for _, run, *_ in missing], jobs)
         self.write()
+        for row, run, finetune, random, _ in tqdm(missing, unit="run"):
+            self.known[row, config.command(run)] = found = score(trained(run), run.seed, finetune, random, self.args.labels)
+            tqdm.write(f"{row:36}{100 * found['linear']:8.1f}")
+            self.write()
 
-    def write(self, **more):
+    def scored(self, row, run, finetune):
+        """Whether all that is asked of a run is known."""
+        found = self.known.get((row, config.command(run)), {})
+        return "linear" in found and ("fine_tuned" in found or not finetune)
+
+    def write(self):
         """Write results/NAME.json and results/NAME.md as far as they are known."""
-        args = self.args
+        args, rows = self.args, self.rows()
         words = ["python experiments.py", args.what, "--preset", args.preset, "--seeds", *map(str, args.seeds), *args.flags]
         words += ["--labels", str(args.labels)] if args.labels != 10000 else []
         words += ["--finetune", str(args.finetune)] if args.what == "comparison" and args.finetune != 10 else []
-        command = " ".join(words)
-        about = {"command": command, "seeds": args.seeds, "processor": platform.processor() or platform.machine(),
+        about = {"command": " ".join(words), "seeds": args.seeds, "processor": platform.processor() or platform.machine(),
                  "torch": torch.__version__, "threads": torch.get_num_threads(), "date": datetime.date.today().isoformat(),
                  "note": args.note}
-        kept = {key: self.before[key] for key in ("steps_in_the_time_of_one",) if key in self.before}
-        self.before = {**kept, **about, **more, "rows": self.rows}
+        about |= {"steps_in_the_time_of_one": self.ratios} if self.ratios else {}
         labels = f"{args.labels:,}" if args.labels else "all"
-        text = f"`{command}`, {about['date']}; percent, frozen target encoder, {labels} labelled images; ± over seeds. {args.note}"
-        content = json.dumps(self.before, indent=2)
+        text = f"`{about['command']}`, {about['date']}; percent, frozen target encoder, {labels} labelled images; ± over seeds. {args.note}"
+        content = json.dumps({**about, "rows": rows}, indent=2)
         checkpoint.write(Path(f"results/{self.name}.json"), lambda path: path.write_text(content))
-        Path(f"results/{self.name}.md").write_text(markdown(self.rows, f"{args.what} on {args.preset}", text), encoding="utf-8")
+        Path(f"results/{self.name}.md").write_text(markdown(rows, f"{args.what} on {args.preset}", text), encoding="utf-8")
 
 
 # ---- the experiments
 
 
 def each(table, rows, jobs=1):
-    """Train and score rows, name -> what train.py is given, for every seed; beside each is written what `rows` says more of it."""
-    planned = []
-    for name, (flags, _) in rows.items():
-        slug = f"{table.name}-" + "".join(letter if letter.isalnum() else "-" for letter in name)
-        planned += [(name, flags, slug, seed) for seed in table.args.seeds]
-    if jobs > 1:
-        runs = [(name, table.run(slug, flags, seed)) for name, flags, slug, seed in planned]
-        train_ahead([run for name, run in runs if (name, config.command(run)) not in table.known], jobs)
-    for name, flags, slug, seed in planned:
-        table.add(name, slug, flags, seed, **rows[name][1])
+    """Train and score rows, name -> (what train.py is given, what is written beside the row): all with a seed before any with the next."""
+    for seed in table.args.seeds:
+        for name, (flags, about) in rows.items():
+            slug = f"{table.name}-" + "".join(letter if letter.isalnum() else "-" for letter in name)
+            table.plan(name, slug, flags, seed, **about)
+    table.fill(jobs)
 
 
 def ablations(table):
     """The paper's ablations at our scale."""
     each(table, {name: (flags, {"paper": paper}) for name, (flags, paper) in ABLATIONS.items()}, table.args.jobs)
-    figure = figures.ablations_figure(table.rows, f"{table.args.preset}: what each part of I-JEPA is worth")
+    figure = figures.ablations_figure(table.rows(), f"{table.args.preset}: what each part of I-JEPA is worth")
     figure.savefig(f"images/{table.name}.png", dpi=130)
 
 
@@ -257,18 +268,19 @@ def steps_in_the_time_of_one(args, flags, rounds=9):
 
 def comparison(table):
     """I-JEPA, MAE and supervision at equal epochs, MAE and supervision at I-JEPA's seconds, and no training."""
-    args, ratios = table.args, table.before.get("steps_in_the_time_of_one")
-    ratios = ratios or {name: steps_in_the_time_of_one(args, flags) for name, flags in METHODS.items()}
-    table.write(steps_in_the_time_of_one=ratios)  # timed once: all seeds are to have the same epochs
+    args = table.args  # timed once: all seeds are to have the same epochs
+    table.ratios = table.ratios or {name: steps_in_the_time_of_one(args, flags) for name, flags in METHODS.items()}
     for seed in args.seeds:
         for name, flags in METHODS.items():
             slug = f"{args.preset}-{name.lower()}"
-            table.add(name, slug, flags, seed, finetune=args.finetune)
-            epochs = round(settings(args, flags).epochs * ratios[name])
+            table.plan(name, slug, flags, seed, finetune=args.finetune)
+            epochs = round(settings(args, flags).epochs * table.ratios[name])
+            more = ["--epochs", str(epochs)]
             if name == "I-JEPA":
-                table.add("random init", slug, flags, seed, finetune=args.finetune, random=True)
+                table.plan("random init", slug, flags, seed, finetune=args.finetune, random=True)
             elif epochs != settings(args, flags).epochs:
-                table.add(f"{name}, equal seconds", f"{slug}-seconds", flags, seed, ["--epochs", str(epochs)], args.finetune, epochs=epochs)
+                table.plan(f"{name}, equal seconds", f"{slug}-seconds", flags, seed, more, args.finetune, epochs=epochs)
+    table.fill()
 
 
 def markdown(rows, title, provenance):

@@ -67,6 +67,27 @@ def test_the_ablations_end_in_a_table_beside_the_papers_numbers_and_a_figure(tmp
     assert (tmp_path / "images/ablations.png").stat().st_size > 5000
 
 
+def test_a_command_that_is_stopped_has_lost_no_row_that_results_knew(tmp_path, monkeypatch):
+    """All rows of one seed come before any of the next; the rows not reached are those of before, beside the new ones."""
+    few = {name: experiments.ABLATIONS[name] for name in ("I-JEPA as it is", "1 target", "2 targets")}
+    monkeypatch.setattr(experiments, "ABLATIONS", few)
+    experiments.main(["ablations", *TINY])
+    shutil.rmtree(tmp_path / "runs")
+    score, scored = experiments.score, []
+
+    def stopped(*args):
+        if len(scored) == 1:
+            raise KeyboardInterrupt
+        scored.append(args)
+        return score(*args)
+
+    monkeypatch.setattr(experiments, "score", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        experiments.main(["ablations", "--seeds", "0", "1", *TINY])
+    rows = json.loads((tmp_path / "results/ablations.json").read_text())["rows"]
+    assert {name: len(row["runs"]) for name, row in rows.items()} == {"I-JEPA as it is": 2, "1 target": 1, "2 targets": 1}
+
+
 def test_the_levers_of_the_recipe_are_trained_side_by_side_and_end_as_if_one_after_the_other(tmp_path, monkeypatch):
     few = {name: experiments.RECIPE[name] for name in ("preset", "EMA .98")}
     monkeypatch.setattr(experiments, "RECIPE", few)
