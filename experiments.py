@@ -47,6 +47,7 @@ ABLATIONS = {
     "targets: pixels": (["--method", "ijepa-pixels"], "T7: 40.7 (features 66.9)"),
     "target encoder's input masked": (["--method", "ijepa-masked-input"], "T11: 56.1 (output 67.3)"),
     "1 target": (["--num-targets", "1"], "T10: 9.0"),
+    "1 target, all of the context": (["--num-targets", "1", "--context-size", "0"], "T10: 9.0"),
     "2 targets": (["--num-targets", "2"], "T10: 22.0"),
     "3 targets": (["--num-targets", "3"], "T10: 48.5"),
     "target scale .075 to .2": (["--target-scale", "0.075", "0.2"], "T8: 19.2"),
