@@ -101,15 +101,26 @@ METHODS = {"I-JEPA": ["--method", "ijepa"], "MAE": ["--method", "mae"], "supervi
 
 
 def trained(run):
-    """The folder of the run that a Config describes, trained if it is not yet, gone on with if it was stopped."""
+    """The folder of the run that a Config describes, trained if it is not yet, gone on with if it was stopped.
+
+    Raises UsageError where the folder holds a run of other settings.
+    """
     folder = Path(run.out)
     if not (folder / "checkpoint.pt").exists():
         train.train(run)
         return folder
-    progress = checkpoint.load_checkpoint(folder, "cpu")["progress"]
-    if progress["step"] < progress["total"]:
+    saved = checkpoint.load_checkpoint(folder, "cpu")
+    there, asked = config.command(config.from_dict(saved["config"])), config.command(run)
+    if there != asked:
+        raise config.UsageError(f"{folder} holds a run of `{there}`, asked is `{asked}`; move that folder away, or ask for its settings")
+    if saved["progress"]["step"] < saved["progress"]["total"]:
         train.train(run, resume=True)
     return folder
+
+
+def score_file(folder, random):
+    """Where it is kept what a run scored, or its untrained encoder."""
+    return Path(folder) / ("random_score.json" if random else "score.json")
 
 
 def train_ahead(runs, jobs):
@@ -123,9 +134,9 @@ def train_ahead(runs, jobs):
 def score(folder, seed, finetune=0, random=False, labels=10000):
     """What the features of a run are worth, a dict of fractions: linear, knn, low-shot at 1% and 10% of the labels, fine_tuned if asked.
 
-    Kept in the run's score.json (random_score.json for its untrained encoder); the next time only what is not yet there is measured.
+    Kept in the run's folder; the next time only what is not yet there is measured.
     """
-    path = folder / ("random_score.json" if random else "score.json")
+    path = score_file(folder, random)
     found = json.loads(path.read_text()) if path.exists() else {}
     if "linear" in found and ("fine_tuned" in found or not finetune):
         return found
@@ -167,16 +178,19 @@ class Table:
         self.ratios = before.get("steps_in_the_time_of_one")
 
     def plan(self, row, name, flags, seed, more=(), finetune=0, random=False, **about):
-        """Add a run to a row, beside which `about` is written."""
+        """Add a run to a row, beside which `about` is written; it may have been scored already."""
         run = settings(self.args, flags, *more, "--seed", str(seed), "--out", str(FOLDER / f"{name}-{seed}"))
         self.planned.append((row, run, finetune, random, about))
+        path, key = score_file(run.out, random), (row, config.command(run))
+        if not self.scored(row, run, finetune) and path.exists() and (found := json.loads(path.read_text()))["command"] == key[1]:
+            self.known[key] = found
 
     def rows(self):
         """name -> {"runs": what each seed scored}, of the planned runs as far as it is known."""
         rows = {}
         for row, run, _, _, about in self.planned:
             if found := self.known.get((row, config.command(run))):
-                rows.setdefault(row, {**about, "runs": []})["runs"].append(found)
+                rows.setdefault(row, {**about, "runs": []})["runs"].append({"seed": run.seed, **found})
         return rows
 
     def fill(self, jobs=1):
@@ -285,21 +299,30 @@ def comparison(table):
 
 
 def markdown(rows, title, provenance):
-    """The rows as a table: mean ± standard deviation over seeds, percent."""
+    """The rows as a table: mean ± standard deviation over seeds, percent; with the paper's numbers also what was gained over the first
+    row by the linear probe, seed by seed, for runs of a seed start from like weights and see the same images."""
     first = next(iter(rows.values()), {"runs": [{}]})
     measures = [name for name in ("linear", "knn", "1%", "10%", "fine_tuned") if name in first["runs"][0]]
     heads = {"linear": "linear probe", "knn": "kNN", "1%": "1% of the labels", "10%": "10%", "fine_tuned": "fine-tuned"}
-    paper = "paper" in first
-    lines = [f"# {title}", "", provenance, "", "| | " + " | ".join(heads[name] for name in measures) + " | seeds |" + " paper |" * paper,
-             "|---" * (len(measures) + 2 + paper) + "|"]
+    columns = [heads[name] for name in measures] + ["seeds"] + ["over the first row", "paper"] * ("paper" in first)
+    lines = [f"# {title}", "", provenance, "", f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for name, row in rows.items():
-        cells = []
-        for measure in measures:
-            values = [100 * run[measure] for run in row["runs"] if measure in run]
-            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.1f}{spread}" if values else "")
-        lines.append(f"| {name} | " + " | ".join(cells) + f" | {len(row['runs'])} |" + (f" {row['paper']} |" if paper else ""))
+        cells = [mean_and_spread([run[measure] for run in row["runs"] if measure in run]) for measure in measures]
+        cells += [str(len(row["runs"]))] + ([mean_and_spread(gains(row, first), "+"), row["paper"]] if "paper" in first else [])
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def gains(row, first):
+    """What each run of a row scored over the first row's run of the same seed, with the linear probe; nothing for the first row itself."""
+    base = {run["seed"]: run["linear"] for run in first["runs"]}
+    return [run["linear"] - base[run["seed"]] for run in row["runs"] if run["seed"] in base] if row is not first else []
+
+
+def mean_and_spread(values, sign=""):
+    """Fractions as percent, "mean ± standard deviation": "" for none, no deviation for one; with sign "+" always signed."""
+    spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{100 * statistics.mean(values):{sign}.1f}{spread}" if values else ""
 
 
 def main(argv=None):

@@ -361,15 +361,19 @@ def low_shot_figure(results):
 
 
 def ablations_figure(rows, title=""):
-    """Linear probe and kNN of each ablation, a bar each, the first row (nothing taken away) as a line: rows of results/ablations.json."""
+    """Linear probe and kNN of each ablation: the mean as a bar, each seed as a dot, the first row (nothing taken away) as a line: rows of
+    results/ablations.json."""
     names = list(rows)
     figure = Figure(figsize=(7.4, 0.34 * len(names) + 1.2), layout="constrained")
     axes = figure.subplots()
-    for offset, measure, label, colour in ((-0.2, "linear", "linear probe", COLOURS[4]), (0.2, "knn", "kNN", COLOURS[0])):
+    for offset, measure, label, colour, ink in ((-0.2, "linear", "linear probe", COLOURS[4], "white"),
+                                                (0.2, "knn", "kNN", COLOURS[0], "black")):
         values = np.array([100 * np.mean([run[measure] for run in row["runs"]]) for row in rows.values()])
         bars = axes.barh(np.arange(len(names)) + offset, values, 0.38, color=colour, label=label)
-        axes.bar_label(bars, fmt="%.1f", fontsize=7, padding=2)
+        axes.bar_label(bars, fmt="%.1f", fontsize=7, label_type="center", color=ink)
         axes.axvline(values[0], color=colour, linestyle=":", linewidth=1)
+        for number, row in enumerate(rows.values()):
+            axes.plot([100 * run[measure] for run in row["runs"]], [number + offset] * len(row["runs"]), "k.", markersize=4)
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel("test accuracy, %", fontsize=9)

@@ -88,6 +88,25 @@ def test_a_command_that_is_stopped_has_lost_no_row_that_results_knew(tmp_path, m
     assert {name: len(row["runs"]) for name, row in rows.items()} == {"I-JEPA as it is": 2, "1 target": 1, "2 targets": 1}
 
 
+def test_a_folder_that_holds_a_run_of_other_settings_is_not_taken_for_the_one_asked(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "ABLATIONS", {"I-JEPA as it is": ([], "")})
+    experiments.main(["ablations", *TINY])
+    with pytest.raises(UsageError, match="I-JEPA-as-it-is-0 holds a run of .*--max-steps 2.*, asked is .*--max-steps 3"):
+        experiments.main(["ablations", *TINY, "--max-steps", "3"])
+    assert "runs" not in json.loads((tmp_path / "results/ablations.json").read_text())["rows"]
+
+
+def test_gains_are_taken_seed_by_seed():
+    """A seed that is lucky for both rows counts for neither: 70 and 80 beside 75 and 85 is a gain of five, without spread."""
+    def row(*scores):
+        return {"paper": "-", "runs": [{"seed": seed, "linear": linear} for seed, linear in scores]}
+
+    rows = {"as it is": row((0, 0.7), (1, 0.8)), "better": row((1, 0.85), (0, 0.75)), "worse": row((1, 0.7),)}
+    lines = experiments.markdown(rows, "", "").splitlines()
+    assert lines[-3].endswith("| 75.0 ± 7.1 | 2 |  | - |")
+    assert lines[-2].endswith("| 80.0 ± 7.1 | 2 | +5.0 ± 0.0 | - |") and lines[-1].endswith("| 70.0 | 1 | -10.0 | - |")
+
+
 def test_the_levers_of_the_recipe_are_trained_side_by_side_and_end_as_if_one_after_the_other(tmp_path, monkeypatch):
     few = {name: experiments.RECIPE[name] for name in ("preset", "EMA .98")}
     monkeypatch.setattr(experiments, "RECIPE", few)
