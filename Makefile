@@ -4,7 +4,7 @@
 # make lint   style checks
 # make results  the runs behind the README's tables of embedded shapes and volumes, three seeds each (half an hour)
 # make comparison  I-JEPA, MAE and supervision, three seeds (hours on a CPU; stopped, it goes on where it was)
-# make ablations   the paper's ablations at our scale, three seeds (an hour or two each on a CPU; stopped, it goes on where it was)
+# make ablations   the paper's ablations at our scale, three seeds (hours on a CPU; stopped, it goes on where it was)
 # make encoder    trains encoders/cifar10-small.pt again and measures it (an hour and a half; needs CIFAR-10 in data/)
 # make collapse  what each safeguard against collapse is worth (minutes)
 # make streaming   what a folder too large for memory costs: images/s, memory (minutes)
@@ -75,7 +75,7 @@ comparison: .venv/ready
 	$(RUN) experiments.py comparison --seeds 0 1 2
 
 ablations: .venv/ready
-	$(RUN) experiments.py ablations --epochs 5 --seeds 0 1 2
+	$(RUN) experiments.py ablations --seeds 0 1 2 --measurements 2
 
 lint: .venv/ready
 	$(RUN) -m pip install --quiet ruff==0.17.5

@@ -2,7 +2,7 @@
 
     python experiments.py comparison          I-JEPA, MAE, supervised, random: at equal epochs and at equal seconds
     python experiments.py ablations           masks, targets, predictor, as in the paper's tables 6 to 14
-    python experiments.py ablations --epochs 5 --seeds 0 1 2
+    python experiments.py ablations --seeds 0 1 2 --measurements 2
     python experiments.py recipe --preset cifar10 --epochs 20 --jobs 6      what each lever of a recipe is worth
     python experiments.py budgets --preset cifar10 --labels 0               what half a minute to ten minutes reach
 

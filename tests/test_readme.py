@@ -83,13 +83,24 @@ def test_the_contrasts_tables_are_those_of_results(name):
 
 
 def test_what_is_said_of_the_ablations_is_so():
-    """The spread of the first row, and that all rows but those that collapse differ by less."""
-    stored = json.loads((ROOT / "results/ablations.json").read_text())["rows"]
-    rows = {name: [100 * run["linear"] for run in row["runs"]] for name, row in stored.items()}
-    first = rows["I-JEPA as it is"]
-    assert f"{first[0]:.1f} and {first[1]:.1f}" in README.split("### What each part")[1]
-    for name, found in rows.items():
-        assert (max(found) < min(first) - 15) == (name in ("no stop-gradient", "momentum 0", "momentum 1"))
+    """Each claim, seed by seed where it is one of seeds."""
+    rows = json.loads((ROOT / "results/ablations.json").read_text())["rows"]
+    section = " ".join(README.split("### What each part")[1].split("\n## ")[0].split())
+    whole, cut = rows["context scale .85 to 1, all of it"], rows["I-JEPA as it is"]
+    lost = {name: experiments.gains(rows[name], whole) for name in ("masks: raster", "masks: one block of .6", "masks: random .6")}
+    assert all(len(seeds) == 3 and max(seeds) < 0 for seeds in lost.values())
+    assert "by {:.1f}, {:.1f} and {:.1f} points".format(*(-100 * statistics.mean(seeds) for seeds in lost.values())) in section
+    one = experiments.gains(rows["1 target, all of the context"], whole)
+    assert f"is behind by {-100 * statistics.mean(one):.1f}, with two seeds of three" in section and sum(gain < -0.01 for gain in one) == 2
+    gained = experiments.gains(whole, cut)
+    assert f"costs {experiments.mean_and_spread(gained)} points" in section and min(gained) > 0
+    pixels = experiments.gains(rows["targets: pixels"], cut)
+    assert f"({experiments.mean_and_spread(pixels, '+')})" in section and abs(statistics.mean(pixels)) < statistics.stdev(pixels)
+    for name, row in rows.items():
+        assert (min(run["linear"] for run in row["runs"]) < 0.25) == (name in ("no stop-gradient", "momentum 1"))
+    assert f"costs {-100 * statistics.mean(experiments.gains(rows['momentum 0'], cut)):.0f} points" in section
+    once = [row for name, row in rows.items() if len(row["runs"]) == 1 and name not in ("no stop-gradient", "momentum 0", "momentum 1")]
+    assert max(abs(experiments.gains(row, cut)[0]) for row in once) < 0.0305
 
 
 def test_the_cifar_table_is_the_committed_run():
