@@ -123,6 +123,11 @@ def score_file(folder, random):
     return Path(folder) / ("random_score.json" if random else "score.json")
 
 
+def labels_of(found):
+    """With how many labelled images a run was scored, 0 for all; in older files, which do not say, 10,000."""
+    return found.get("labels", 10000)
+
+
 def train_ahead(runs, jobs):
     """Train the runs, Configs, that are not yet, `jobs` of them at a time, each in a process of its own; what fails is seen when scored."""
     runs = [run for run in runs if not (Path(run.out) / "checkpoint.pt").exists()]
@@ -138,6 +143,7 @@ def score(folder, seed, finetune=0, random=False, labels=10000):
     """
     path = score_file(folder, random)
     found = json.loads(path.read_text()) if path.exists() else {}
+    found = found if labels_of(found) == labels else {}
     if "linear" in found and ("fine_tuned" in found or not finetune):
         return found
     device = train.pick_device("auto")
@@ -154,6 +160,7 @@ def score(folder, seed, finetune=0, random=False, labels=10000):
             "knn": diagnostics.knn(x, few.labels, test_x, test.labels),
             "1%": shots["mean"][0], "10%": shots["mean"][1],
             "seconds": about["progress"]["seconds"], "steps": about["progress"]["step"], "command": config.command(run),
+            "labels": labels,
         }
     if finetune:
         tuned = probes.fine_tune(encoder, few, test, run.image_size, device, finetune, crop_scale=run.crop_scale, flip=run.flip, seed=seed)
@@ -174,7 +181,8 @@ class Table:
         self.args, self.planned, self.name = args, [], args.what if args.preset == "shapes" else f"{args.what}_{args.preset}"
         path = Path(f"results/{self.name}.json")
         before = json.loads(path.read_text()) if path.exists() else {"rows": {}}
-        self.known = {(name, run["command"]): run for name, row in before["rows"].items() for run in row["runs"]}
+        self.known = {(name, run["command"]): run for name, row in before["rows"].items() for run in row["runs"]
+                      if labels_of(run) == args.labels}
         self.ratios = before.get("steps_in_the_time_of_one")
 
     def plan(self, row, name, flags, seed, more=(), finetune=0, random=False, **about):
@@ -182,7 +190,8 @@ class Table:
         run = settings(self.args, flags, *more, "--seed", str(seed), "--out", str(FOLDER / f"{name}-{seed}"))
         self.planned.append((row, run, finetune, random, about))
         path, key = score_file(run.out, random), (row, config.command(run))
-        if not self.scored(row, run, finetune) and path.exists() and (found := json.loads(path.read_text()))["command"] == key[1]:
+        found = json.loads(path.read_text()) if path.exists() and not self.scored(row, run, finetune) else {}
+        if found.get("command") == key[1] and labels_of(found) == self.args.labels:
             self.known[key] = found
 
     def rows(self):

@@ -96,6 +96,16 @@ def test_a_folder_that_holds_a_run_of_other_settings_is_not_taken_for_the_one_as
     assert "runs" not in json.loads((tmp_path / "results/ablations.json").read_text())["rows"]
 
 
+def test_scores_with_another_number_of_labels_are_measured_anew_and_the_run_is_not_trained_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "ABLATIONS", {"I-JEPA as it is": ([], "")})
+    experiments.main(["ablations", *TINY])
+    monkeypatch.setattr(train, "train", lambda *_: pytest.fail("trained again"))
+    for labels in ("0", "2000"):  # all 3,000, and fewer
+        experiments.main(["ablations", "--labels", labels, *TINY])
+        (run,) = json.loads((tmp_path / "results/ablations.json").read_text())["rows"]["I-JEPA as it is"]["runs"]
+        assert run["labels"] == int(labels)
+
+
 def test_gains_are_taken_seed_by_seed():
     """A seed that is lucky for both rows counts for neither: 70 and 80 beside 75 and 85 is a gain of five, without spread."""
     def row(*scores):
