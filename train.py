@@ -322,13 +322,14 @@ def refuse(config, saver, where, values, step):
 def keep_memory():
     """Let this process keep the memory that a training step frees for the next one; returns whether it does, which is on glibc only.
 
-    Left alone, glibc gives large pieces back to the system at once, and the next step pays for each of their pages again. Pieces of 1 GB
-    and more are given back as before.
+    Left alone, glibc gives large pieces back to the system at once, and the next step pays for each of their pages again. Pieces of 32 MB
+    and more still are given back, glibc's own upper limit: before version 2.38 it cannot fill the hole that an aligned piece left with the
+    next of the same size as long as scraps between them lie in its cache (its bug 14581), and 15 to 25 holes pile up before it can.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
     libc, trim_threshold, mmap_threshold = ctypes.CDLL(None), -1, -3  # numbers of malloc.h
-    return libc.mallopt(mmap_threshold, 2**30) == 1 and libc.mallopt(trim_threshold, 2**31 - 1) == 1  # old versions refuse the first
+    return libc.mallopt(mmap_threshold, 32 * 2**20) == 1 and libc.mallopt(trim_threshold, 2**31 - 1) == 1
 
 
 @contextlib.contextmanager

@@ -68,7 +68,7 @@ def work(way):
         print(time.perf_counter() - start, flush=True)
 
 
-def step_ratios(rounds=10):
+def step_ratios(rounds=30):
     """How many times as fast as the first way each is, a dict."""
     workers = {way: subprocess.Popen([sys.executable, __file__, *way.split()], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
                for way in WAYS}

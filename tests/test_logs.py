@@ -106,7 +106,8 @@ def test_memory_stays_flat_over_2000_steps(tmp_path, monkeypatch):
 
 
 EPOCH_OF_A_FOLDER = """
-import sys, psutil, data, folder
+import sys, psutil, data, folder, train
+train.keep_memory()
 folder.MEMORY_LIMIT, process = 0, psutil.Process()
 for _ in data.batches(data.load(sys.argv[1]), 64, 224, workers=1):
     print("bytes", sum(p.memory_full_info().uss for p in (process, *process.children(recursive=True))))
@@ -114,8 +115,8 @@ for _ in data.batches(data.load(sys.argv[1]), 64, 224, workers=1):
 
 
 def test_memory_stays_flat_over_an_epoch_of_a_folder_too_large_for_memory(tmp_path):
-    """Main and loader process together, in a process of its own, where freed memory is given back: kept as train.keep_memory keeps it,
-    freed batches can lie unused beside new ones. A batch left behind would be 150 kB an image; the bound is a tenth of that."""
+    """Main and loader process together, freed memory kept as in training, in a process of its own, where no other test has freed any.
+    A batch left behind would be 150 kB an image; the bound is a tenth of that."""
     Image.effect_noise((80, 80), 60).save(tmp_path / "0.jpg")
     for i in range(1, 1600):
         os.link(tmp_path / "0.jpg", tmp_path / f"{i}.jpg")
