@@ -130,7 +130,7 @@ def labels_of(found):
 
 def train_ahead(runs, jobs):
     """Train the runs, Configs, that are not yet, `jobs` of them at a time, each in a process of its own; what fails is seen when scored."""
-    runs = [run for run in runs if not (Path(run.out) / "checkpoint.pt").exists()]
+    runs = {run.out: run for run in runs if not (Path(run.out) / "checkpoint.pt").exists()}.values()  # a run may stand in two rows
     commands = [[sys.executable, train.__file__, *shlex.split(config.command(run))[2:]] for run in runs]
     with ThreadPoolExecutor(jobs) as pool:
         list(tqdm(pool.map(lambda words: subprocess.run(words, capture_output=True), commands), total=len(commands), unit="run"))
@@ -304,7 +304,7 @@ def comparison(table):
                 table.plan("random init", slug, flags, seed, finetune=args.finetune, random=True)
             elif epochs != settings(args, flags).epochs:
                 table.plan(f"{name}, equal seconds", f"{slug}-seconds", flags, seed, more, args.finetune, epochs=epochs)
-    table.fill()
+    table.fill(args.jobs)
 
 
 def markdown(rows, title, provenance):
@@ -342,7 +342,7 @@ def main(argv=None):
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds (default 0)")
     parser.add_argument("--finetune", type=int, default=10, help="epochs of fine-tuning in the comparison; 0 is none (default 10)")
     parser.add_argument("--labels", type=int, default=10000, help="labelled training images of the probes; 0 is all (default 10000)")
-    parser.add_argument("--jobs", type=int, default=1, help="runs of ablations and recipe that are trained at the same time (default 1)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs that are trained at the same time, but for budgets (default 1)")
     parser.add_argument("--note", default="", help="what readers of the table are to know of its data, as 'JPEG copy.'")
     args, args.flags = parser.parse_known_args(argv)  # the rest goes to train.py
     table = Table(args)

@@ -42,6 +42,16 @@ def test_the_comparison_trains_each_run_once_and_its_table_is_their_mean(tmp_pat
     experiments.main(["comparison", "--seeds", "0", "1", "--finetune", "0", *TINY])
 
 
+def test_side_by_side_too_each_run_of_the_comparison_is_trained_once(tmp_path, monkeypatch):
+    """I-JEPA's run stands in two rows, its own and that of its untrained encoder: two processes must not write one folder."""
+    commands = []
+    monkeypatch.setattr(experiments, "steps_in_the_time_of_one", lambda *_: 1.0)
+    monkeypatch.setattr(experiments.subprocess, "run", lambda words, **_: commands.append(words))
+    experiments.main(["comparison", "--finetune", "0", "--jobs", "2", *TINY])
+    folders = [words[words.index("--out") + 1] for words in commands]
+    assert sorted(folders) == [f"runs/experiments/shapes-{name}-0" for name in ("i-jepa", "mae", "supervised")]
+
+
 def test_a_table_grows_on_another_machine_from_what_results_knows(tmp_path, monkeypatch):
     """The runs themselves are gone there: only the third seed is trained, the other two are taken from the file."""
     monkeypatch.setattr(experiments, "steps_in_the_time_of_one", lambda args, flags: 2.0 if "mae" in flags else 1.0)
