@@ -231,10 +231,9 @@ class Classifier(nn.Module):
         return self.head(self.norm(self.encoder(images).mean(1)))  # [B, K]
 
 
-def layer_groups(classifier, lr, decay, weight_decay):
-    """Parameter groups of a Classifier for AdamW: the head learns at `lr`, each layer below at `decay` times the one above (paper A.2).
-
-    Biases and norms are not decayed. Each group keeps its share of the rate in `scale`.
+def layer_groups(classifier, decay, weight_decay):
+    """Parameter groups of a Classifier for AdamW, each with its share of the rate as `scale`: 1 for the head, and for each layer below
+    `decay` times that of the one above (paper A.2). Biases and norms are not decayed.
     """
     depth, groups = len(classifier.encoder.blocks), []
     for name, parameter in classifier.named_parameters():
@@ -242,8 +241,7 @@ def layer_groups(classifier, lr, decay, weight_decay):
             layer = int(name.split(".")[2]) + 1
         else:
             layer = 0 if name.startswith("encoder.patch_embed") else depth + 1
-        scale = decay ** (depth + 1 - layer)
-        groups.append({"params": [parameter], "lr": lr * scale, "scale": scale, "weight_decay": weight_decay * (parameter.ndim > 1)})
+        groups.append({"params": [parameter], "scale": decay ** (depth + 1 - layer), "weight_decay": weight_decay * (parameter.ndim > 1)})
     return groups
 
 
@@ -324,7 +322,7 @@ def fine_tune(encoder, train_set, test_set, image_size, device, epochs=20, layer
         torch.manual_seed(seed)
         model = Classifier(copy.deepcopy(encoder).requires_grad_(True), int(labels.max()) + 1).to(device)
         part = train_set.subset(numbers)
-        return train_head(model, layer_groups(model, rate, layer_decay, 0.05), lambda order, size, generator: data.batches(
+        return train_head(model, layer_groups(model, layer_decay, 0.05), lambda order, size, generator: data.batches(
             part, size, image_size, device, order.cpu(), generator, crop_scale, flip), labels[numbers.to(device)], epochs, rate, smoothing,
             seed, f"fine-tuning, rate {rate:g}")
 
