@@ -82,6 +82,32 @@ def test_the_contrasts_tables_are_those_of_results(name):
     assert experiments.markdown(rows, "", "").strip().split("\n\n")[-1] in README.split("## The contrast")[1].split("\n## ")[0]
 
 
+def test_what_is_said_of_the_contrast_is_so():
+    """Who is ahead, by how much, and with how many of the seeds."""
+    section = " ".join(README.split("## The contrast")[1].split("### What each part")[0].split())
+    shapes, cifar, cut = ({name: row["runs"] for name, row in json.loads((ROOT / f"results/{file}.json").read_text())["rows"].items()}
+                          for file in ("comparison", "comparison_cifar10", "comparison_cifar10_context12"))
+    assert all(len(runs) == 3 for rows in (shapes, cifar) for runs in rows.values())
+
+    def ahead(rows, name, other, measure):
+        return [one[measure] - two[measure] for one, two in zip(rows[name], rows[other], strict=True)]
+
+    for measure in ("linear", "knn", "1%", "10%"):
+        assert statistics.mean(ahead(shapes, "MAE", "I-JEPA", measure)) > 0
+        assert statistics.mean(ahead(shapes, "MAE, equal seconds", "MAE", measure)) > 0 and min(ahead(cut, "MAE", "I-JEPA", measure)) > 0
+        assert all(min(ahead(rows, "supervised", name, measure)) > 0 for rows in (shapes, cifar) for name in ("MAE", "I-JEPA"))
+    whole = json.loads((ROOT / "results/ablations.json").read_text())["rows"]["context scale .85 to 1, all of it"]["runs"]
+    assert "it has {:.1f} and {:.1f}".format(*(100 * statistics.mean(run[key] for run in whole) for key in ("linear", "knn"))) in section
+    level = [experiments.mean_and_spread([run["linear"] for run in cifar[name]]) for name in ("I-JEPA", "MAE")]
+    assert "({} and {})".format(*level) in section
+    assert abs(statistics.mean(ahead(cifar, "I-JEPA", "MAE", "linear"))) < 0.01
+    for names, measure, sentence in ((("I-JEPA", "MAE"), "knn", "by kNN I-JEPA is ahead with every seed, by {} points"),
+                                     (("MAE, equal seconds", "I-JEPA"), "linear", "by the linear probe with every seed, by {} points"),
+                                     (("I-JEPA", "MAE, equal seconds"), "knn", "and I-JEPA by kNN still, by {}.")):
+        by = ahead(cifar, *names, measure)
+        assert sentence.format(experiments.mean_and_spread(by)) in section and min(by) > 0
+
+
 def test_what_is_said_of_the_ablations_is_so():
     """Each claim, seed by seed where it is one of seeds."""
     rows = json.loads((ROOT / "results/ablations.json").read_text())["rows"]
