@@ -203,6 +203,25 @@ def test_lower_layers_learn_more_slowly():
     assert scales["encoder.patch_embed.project.weight"] == 0.0625
 
 
+def test_each_layer_learns_at_its_share_of_the_rate(monkeypatch):
+    """What the optimizer is given, at every step of a training."""
+    rates = []
+
+    class Watched(torch.optim.AdamW):
+        def step(self):
+            rates.append([group["lr"] for group in self.param_groups])
+            super().step()
+
+    monkeypatch.setattr(torch.optim, "AdamW", Watched)
+    model, images = probes.Classifier(tiny_encoder(), 4), torch.randn(256, 3, 8, 8)
+    groups = probes.layer_groups(model, 0.5, 0.05)
+    probes.train_head(model, groups, lambda order, size, _: images[order].split(size), torch.arange(256) % 4, 10, 1e-3, 0.0, 0)
+    head = [name for name, _ in model.named_parameters()].index("head.weight")
+    assert len(rates) == 20 and max(step[head] for step in rates) == pytest.approx(1e-3, rel=0.03)  # the cosine has begun: 2.4% below
+    for step in rates:
+        assert step == pytest.approx([step[head] * group["scale"] for group in groups])
+
+
 def test_fine_tuning_learns_what_frozen_features_do_not_hold_and_leaves_the_encoder_alone():
     """The class is which of four brightnesses the top left patch has: easy to learn, and lost in a random encoder's average."""
     def brightness(n, seed):
