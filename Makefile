@@ -41,7 +41,7 @@ test: .venv/tested
 	OMP_NUM_THREADS=1 $(RUN) -m pytest tests -n auto --maxprocesses 4 --dist loadfile
 
 notebooks: .venv/ready
-	$(RUN) tests/run_notebooks.py
+	$(RUN) bench/run_notebooks.py
 
 results: .venv/ready
 	for run in shapes-0 shapes-1 shapes-2 shapes3d-0 shapes3d-1 shapes3d-2; do \
@@ -52,30 +52,30 @@ results: .venv/ready
 	done
 
 probe-speed: .venv/ready
-	$(RUN) tests/measure_probe.py > probe.tmp && mv probe.tmp results/probe_speed.json
+	$(RUN) bench/probe.py > probe.tmp && mv probe.tmp results/probe_speed.json
 
 streaming: .venv/ready
-	$(RUN) tests/measure_streaming.py --files 20000 > streaming.tmp && mv streaming.tmp results/streaming.json
+	$(RUN) bench/streaming.py --files 20000 > streaming.tmp && mv streaming.tmp results/streaming.json
 
 torture: .venv/tested
-	$(RUN) tests/torture.py
+	$(RUN) bench/torture.py
 
 encoder: .venv/ready
 	$(RUN) train.py --preset cifar10 --context-size 12 --target-layers 4 --vicreg 0.02 --predictor 96x2x2 --batch-size 128 \
 		--lr 0.002 --lr-start 0.0002 --weight-decay-final 0.04 --momentum 0.99 --momentum-final 0.998 --measurements 40 \
 		--precision bf16 --max-minutes 80 --out runs/cifar10-small
-	$(RUN) -c "import pretrained; pretrained.pack('runs/cifar10-small/encoder.pt', 'encoders/cifar10-small.pt')"
+	$(RUN) -c "from extras import pretrained; pretrained.pack('runs/cifar10-small/encoder.pt', 'encoders/cifar10-small.pt')"
 	$(RUN) evaluate.py --pretrained cifar10-small --dataset cifar10 --train-images 0
 	cp runs/cifar10-small-on-cifar10/evaluation.json encoders/cifar10-small.json
 
 collapse: .venv/ready
-	$(RUN) tests/measure_collapse.py > collapse.tmp && mv collapse.tmp results/collapse.json
+	$(RUN) bench/collapse.py > collapse.tmp && mv collapse.tmp results/collapse.json
 
 comparison: .venv/ready
-	$(RUN) experiments.py comparison --seeds 0 1 2
+	$(RUN) -m extras.experiments comparison --seeds 0 1 2
 
 ablations: .venv/ready
-	$(RUN) experiments.py ablations --seeds 0 1 2 --measurements 2
+	$(RUN) -m extras.experiments ablations --seeds 0 1 2 --measurements 2
 
 lint: .venv/ready
 	$(RUN) -m pip install --quiet ruff==0.17.5

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import shapes
-import solids
+from support import shapes
+from support import solids
 from config import UsageError, check_known
-from download import ARCHIVES, VOLUMES, fetch, fetch_volumes, one_line
-from folder import LazyFolder, read_folder
+from support.download import ARCHIVES, VOLUMES, fetch, fetch_volumes, one_line
+from support.folder import LazyFolder, read_folder
 
 # Data sets with a name of their own: channels and axes of their images, (1, 3) for volumes.
 NAMES = {**dict.fromkeys(("shapes", *ARCHIVES), (3, 2)), **dict.fromkeys(("shapes3d", *VOLUMES), (1, 3))}

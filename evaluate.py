@@ -28,14 +28,14 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-import checkpoint
+from support import checkpoint
 import config
 import data
 import diagnostics
-import methods
+from extras import methods
 import models
-import pretrained
-import probes
+from extras import pretrained
+from extras import probes
 import train
 
 ROWS = {"target": "target encoder", "context": "context encoder", "random": "random encoder", "pixels": "raw pixels"}

@@ -18,15 +18,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import checkpoint
+from support import checkpoint
 import config
 import data
 import evaluate
-import mae
-import methods
+from extras import mae
+from extras import methods
 import models
 import train
-from figures import (COLOURS, add_bar, by_slice, comparison_figure, confusion_figure, coverage_figure, curves_figure, frame,
+from extras.figures import (COLOURS, add_bar, by_slice, comparison_figure, confusion_figure, coverage_figure, curves_figure, frame,
                      low_shot_figure, mask_figure, nearest_images_figure, per_class_figure, table, to_pixels, token_figure, tsne_figure)
 from masking import Masks
 

@@ -23,11 +23,11 @@ from tqdm import tqdm
 import config as settings
 import data
 import diagnostics
-import methods
-import parallel
-from checkpoint import Progress, Saver, restore, resumed_config, write
+from extras import methods
+from support import distributed as parallel
+from support.checkpoint import Progress, Saver, restore, resumed_config, write
 from config import UsageError
-from logs import Metrics, StopSignals, duration
+from support.logs import Metrics, StopSignals, duration
 
 # --- schedules: functions of the optimizer step ------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ import os
 import pathlib
 import sys
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+HERE = pathlib.Path(__file__).parent
+sys.path[:0] = map(str, (HERE.parent, HERE, HERE / "core", HERE / "extras"))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported
 os.environ.setdefault("SCIPY_ARRAY_API", "1")  # read when scipy is imported: lets scikit-learn's check of other array types run

@@ -12,7 +12,7 @@ import torch
 
 import config as settings
 import diagnostics
-import methods
+from extras import methods
 
 
 class NotAttempted(Exception):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 import diagnostics
 import models
-import probes
+from extras import probes
 
 
 class NotAttempted(Exception):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import exercises_probe as checks
-import probes
+from extras import probes
 
 
 @torch.no_grad()

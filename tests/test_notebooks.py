@@ -150,9 +150,10 @@ def test_every_exercise_has_a_stub_a_check_and_a_folded_solution(path):
 def copied(tmp_path_factory):
     """A folder with the files that a notebook needs, and no runs. A notebook's second execution finds the run of its first."""
     folder = tmp_path_factory.mktemp("repository")
-    for name in ("tests", "encoders"):
+    for name in ("tests", "encoders", "support", "extras"):
         (folder / name).mkdir()
-    for path in (*ROOT.glob("*.py"), *ROOT.glob("*.ipynb"), *ROOT.glob("tests/exercises_*.py"), *ROOT.glob("encoders/*.pt")):
+    for path in (*ROOT.glob("*.py"), *ROOT.glob("*.ipynb"), *ROOT.glob("support/*.py"), *ROOT.glob("extras/*.py"),
+                 *ROOT.glob("tests/exercises_*.py"), *ROOT.glob("encoders/*.pt")):
         shutil.copy(path, folder / path.relative_to(ROOT))
     return folder
 

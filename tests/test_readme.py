@@ -10,7 +10,7 @@ import pytest
 
 import config
 import diagnostics
-import experiments
+from extras import experiments
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -33,7 +33,7 @@ def table_row(name, heading):
 def test_every_piece_of_python_in_the_readme_is_run_by_a_test():
     headings = re.findall(r"^##+ (.*)$", README, re.MULTILINE)
     shown = {heading for heading in headings if snippets(heading)}
-    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
     assert shown == set(re.findall(r'\bsnippets\("(.+?)"\)', tests))
     assert sum(len(snippets(heading)) for heading in shown) == README.count("```python")
 
@@ -159,7 +159,7 @@ def test_every_file_and_preset_the_readme_names_exists():
     settings = vars(config.Config())
     flags = {"--" + name.replace("_", "-") for name in settings} | {"--help", "--nproc_per_node", "--max-restarts"}  # two are torchrun's
     flags |= {"--no-" + name.replace("_", "-") for name, value in settings.items() if isinstance(value, bool)}
-    for script in ("train.py", "evaluate.py", "predict_and_visualize.py", "experiments.py", "benchmark.py"):
+    for script in ("train.py", "evaluate.py", "predict_and_visualize.py", "extras/experiments.py", "extras/benchmark.py"):
         flags |= set(re.findall(r'add_argument\("(--[a-z-]+)"', (ROOT / script).read_text(encoding="utf-8")))
     assert set(re.findall(r"(?<![-\w])--[a-z][a-z_-]+", README)) <= flags
 

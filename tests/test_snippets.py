@@ -16,7 +16,7 @@ from torch import nn
 
 import config
 import data
-import folder
+from support import folder
 import train
 from test_readme import snippets
 
@@ -94,8 +94,8 @@ def test_fine_tuning_learns_the_folders_classes_and_gives_the_classifier(mine):
 @pytest.fixture
 def few_shapes(tmp_path, monkeypatch):
     """272 training images, a whole batch and a short one; a working folder for what is written."""
-    monkeypatch.setattr("shapes.COUNT", {"train": 272, "test": 64})
-    monkeypatch.setattr("shapes.make.__defaults__", (16,))
+    monkeypatch.setattr("support.shapes.COUNT", {"train": 272, "test": 64})
+    monkeypatch.setattr("support.shapes.make.__defaults__", (16,))
     monkeypatch.chdir(tmp_path)
 
 
@@ -131,7 +131,7 @@ def lit(**changes):
 
 
 def test_lightning_runs_as_it_is_worded(few_shapes, monkeypatch):
-    monkeypatch.setattr("shapes.COUNT", {"train": 32, "test": 32})  # one short batch
+    monkeypatch.setattr("support.shapes.COUNT", {"train": 32, "test": 32})  # one short batch
     names = loop(*snippets("In your own training loop"))
     run(*snippets("Lightning"), names)
     (checkpoint,) = [os.path.join(place, file) for place, _, files in os.walk("lightning_logs") for file in files if file.endswith(".ckpt")]
