@@ -1,23 +1,22 @@
-# make demo   pretrain on embedded images, probe, draw figures, all in runs/demo (CPU, minutes)
-# make test   the whole test suite
+# make demo       pretrain on synthetic shapes, evaluate, draw figures, all in runs/demo (CPU, minutes)
+# make test       the whole test suite
 # make notebooks  run both notebooks from top to bottom and keep their outputs (minutes)
-# make lint   style checks
-# make results  the runs behind the README's tables of embedded shapes and volumes, three seeds each (half an hour)
-# make comparison  I-JEPA, MAE and supervision, three seeds (hours on a CPU; stopped, it goes on where it was)
-# make ablations   the paper's ablations at our scale, three seeds (hours on a CPU; stopped, it goes on where it was)
-# make encoder    trains encoders/cifar10-small.pt again and measures it (an hour and a half; needs CIFAR-10 in data/)
-# make collapse  what each safeguard against collapse is worth (minutes)
-# make streaming   what a folder too large for memory costs: images/s, memory (minutes)
-# make torture     kills runs at random moments and injects faults: results/reliability.md (a quarter of an hour)
+# make lint       style checks
+# make results    the runs behind the tables of shapes and volumes, three seeds each (half an hour)
+# make comparison I-JEPA, MAE and supervision, three seeds (hours on a CPU; resumes when stopped)
+# make ablations  the paper's ablations at our scale, three seeds (hours on a CPU; likewise)
+# make collapse   what each safeguard against collapse is worth (minutes)
+# make streaming  what a folder too large for memory costs: images/s, memory (minutes)
+# make torture    kills runs at random moments and injects faults (a quarter of an hour)
 # make probe-speed  time of the linear probe on 50,000 features
-# All make their own environment in .venv; all that a machine needs is make and Python 3.10 or newer.
+# Each makes its own environment in .venv; a machine needs only make and Python 3.10 or newer.
 
 PYTHON ?= python3
 RUN := .venv/bin/python
-# Threads that wait asleep, not spinning: as fast on an idle machine, many times faster on one that does something else too.
+# Threads wait asleep, not spinning: as fast on an idle machine, many times faster on a busy one.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test notebooks results probe-speed streaming torture collapse comparison ablations encoder lint clean
+.PHONY: demo test notebooks results probe-speed streaming torture collapse comparison ablations lint clean
 
 .venv/ready: requirements.txt constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -34,8 +33,9 @@ demo: .venv/ready
 	@rm -rf runs/demo
 	$(RUN) train.py --out runs/demo
 	$(RUN) evaluate.py runs/demo
-	$(RUN) predict_and_visualize.py runs/demo
-	@echo; echo "All of it lies in runs/demo: metrics.csv, encoder.pt, evaluation.json, and the figures named above."
+	$(RUN) -m extras.probes runs/demo
+	$(RUN) -m extras.figures runs/demo
+	@echo; echo "All of it is in runs/demo: metrics.csv, encoder.pt, evaluation.json, and the figures named above."
 
 test: .venv/tested
 	OMP_NUM_THREADS=1 $(RUN) -m pytest tests -n auto --maxprocesses 4 --dist loadfile
@@ -59,14 +59,6 @@ streaming: .venv/ready
 
 torture: .venv/tested
 	$(RUN) bench/torture.py
-
-encoder: .venv/ready
-	$(RUN) train.py --preset cifar10 --context-size 12 --target-layers 4 --vicreg 0.02 --predictor 96x2x2 --batch-size 128 \
-		--lr 0.002 --lr-start 0.0002 --weight-decay-final 0.04 --momentum 0.99 --momentum-final 0.998 --measurements 40 \
-		--precision bf16 --max-minutes 80 --out runs/cifar10-small
-	$(RUN) -c "from extras import pretrained; pretrained.pack('runs/cifar10-small/encoder.pt', 'encoders/cifar10-small.pt')"
-	$(RUN) evaluate.py --pretrained cifar10-small --dataset cifar10 --train-images 0
-	cp runs/cifar10-small-on-cifar10/evaluation.json encoders/cifar10-small.json
 
 collapse: .venv/ready
 	$(RUN) bench/collapse.py > collapse.tmp && mv collapse.tmp results/collapse.json

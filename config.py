@@ -1,348 +1,187 @@
-"""Every setting of a run in one dataclass, the presets, and the command-line flags made from them.
+"""The settings of a run, one comment each, and the presets.
 
-Each field carries its own comment (unit, the paper's value, why ours differs); `--help` prints the same
-comment, so that the two cannot drift apart. The paper is Assran et al., "Self-Supervised Learning from Images
-with a Joint-Embedding Predictive Architecture", CVPR 2023 (arXiv:2301.08243).
+`python train.py --help` shows the same comments; every setting is a flag. "Paper" is Assran et al.,
+"Self-Supervised Learning from Images with a Joint-Embedding Predictive Architecture", CVPR 2023
+(arXiv:2301.08243).
 """
 
-import argparse
-import dataclasses
-import difflib
 import math
-import os
-import re
-import shlex
-import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
+from support.checks import UsageError, check, check_choice, check_range, nearest  # noqa: F401
 
-class UsageError(ValueError):
-    """Something the user asked for cannot be done; the message is one line that says what and what to try."""
+Pair = tuple[float, float]
 
 
 def setting(default, comment, choices=None):
-    """A dataclass field with the comment that `--help` shows and, where the values are few, the allowed ones."""
+    """A field with the comment that `--help` shows and, if only a few values are allowed, those."""
     return field(default=default, metadata={"comment": comment, "choices": choices})
-
-
-LARGEST = 2**31 - 1  # of every whole number
-SEEDS = f"a whole number from 0 to {LARGEST}"
 
 
 @dataclass
 class Config:
     # Data
-    preset: str = setting("shapes", "named recipe that the other flags change")
-    dataset: str = setting("shapes", "shapes, shapes3d, cifar10, cifar100, stl10, organmnist3d (or its like), an image folder, a .npz")
-    split: str = setting("train", "images to pretrain on; stl10 also has unlabeled and train+unlabeled")
-    data_dir: str = setting("data", "folder that holds, or receives, the downloaded archives")
-    image_size: int = setting(24, "side of the training crop, pixels (paper 224)")
-    crop_scale: tuple[float, float] = setting((1.0, 1.0), "random resized crop: least and most area, of the image (official .3 1.0)")
+    dataset: str = setting(
+        "shapes", "shapes, shapes3d, cifar10, cifar100, stl10, organmnist3d, a folder, or a .npz")
+    split: str = setting("train", "pretraining images; stl10 also has unlabeled, train+unlabeled")
+    data_dir: str = setting("data", "folder that holds, or receives, the downloaded data sets")
+    image_size: int = setting(24, "side of the training crop in pixels (paper 224)")
+    crop_scale: Pair = setting((1.0, 1.0), "range of the random crop's area (official code .3 1)")
     flip: bool = setting(False, "mirror half of the images (official code: no)")
-    # Masks, paper section 3
+    workers: int = setting(8, "processes that decode an image folder too large for memory")
+    # Masks (paper section 3)
     num_targets: int = setting(4, "target blocks M in each image (paper 4)")
-    target_scale: tuple[float, float] = setting((0.15, 0.2), "area of a target block, fraction of the grid (paper .15 .2)")
-    target_aspect: tuple[float, float] = setting((0.75, 1.5), "height over width of a target block (paper .75 1.5)")
-    context_scale: tuple[float, float] = setting((0.85, 1.0), "area of the context block before the targets are removed (paper .85 1.0)")
-    context_size: int = setting(0, "keep just this many context patches, chosen at random; 0 keeps all")
-    mask_mode: str = setting(
-        "pad", "pad: each image has its own block sizes; truncate: one size a batch, cut to the shortest", ("pad", "truncate"))
-    min_keep: int = setting(4, "least context patches an image may be left with (official code 10)")
-    allow_overlap: bool = setting(False, "leave the targets' patches in the context (paper: no)")
-    # Model, paper section 3 and appendix A
-    encoder: str = setting("64x3x1", "named size (tiny, small, base, large, huge, giant) or width x depth x heads, as in 192x6x6")
-    predictor: str = setting("32x2x1", "width x depth x heads (paper 384x6x12 for base, 384x12 for large and huge)")
-    registers: int = setting(0, "learned tokens beside each image's patches, dropped at the end (paper 0)")
-    stochastic_depth: float = setting(0.0, "probability that the context encoder skips its last block; less for those before (paper 0)")
-    patch_size: int = setting(4, "side of a square patch, pixels (paper 14 or 16)")
-    loss: str = setting("smooth_l1", "smooth_l1 (official code) or l2 (paper), both averaged over patches and width", ("smooth_l1", "l2"))
-    # What is trained, and I-JEPA with a part taken away
-    method: str = setting("ijepa", "what is trained: ijepa, mae, supervised, or an ablation, which stands for some of the flags below")
-    targets: str = setting("features", "what is predicted: features of the target encoder (paper), or each patch's normalised pixels",
-                           ("features", "pixels"))
-    masks: str = setting("blocks", "blocks (paper), random: mask_ratio of all patches, raster: three quarters of the image from one",
-                         ("blocks", "random", "raster"))
-    mask_ratio: float = setting(0.75, "fraction of the patches that random masks, and the masked autoencoder, hide (MAE .75)")
-    masked_input: bool = setting(False, "the target encoder sees one target block at a time, not the whole image (paper table 11)")
-    stop_gradient: bool = setting(True, "no: the context encoder makes its own targets and gradients reach them; to see it collapse")
-    target_layers: int = setting(1, "targets are the mean of the target encoder's last so many blocks (paper 1; data2vec: several)")
-    vicreg: float = setting(0.0, "weight of VICReg's variance and covariance terms on the context's pooled features (C-JEPA; paper 0)")
-    target_norm: bool = setting(True, "no: targets are not layer-normed, to see what that norm is for")
-    # Optimisation; every schedule is counted in optimizer steps
+    target_scale: Pair = setting((0.15, 0.2), "area of a target block / grid (paper .15 .2)")
+    target_aspect: Pair = setting((0.75, 1.5), "height / width of a target block (paper .75 1.5)")
+    context_scale: Pair = setting((0.85, 1.0), "area of the context block / grid (paper .85 1)")
+    context_size: int = setting(12, "context patches kept, chosen at random; 0 keeps all (paper)")
+    # Model (paper section 3 and appendix A)
+    patch_size: int = setting(4, "side of a square patch in pixels (paper 14 or 16)")
+    encoder: str = setting(
+        "64x3x1", "tiny, small, base, large, huge, or width x depth x heads, such as 192x6x3")
+    predictor: str = setting("32x2x1", "width x depth x heads (paper 384x6x12 for base)")
+    loss: str = setting("smooth_l1", "smooth_l1 (official code) or l2 (paper)", ("smooth_l1", "l2"))
+    # Optimization: every schedule counts optimizer steps
     epochs: int = setting(10, "passes over the training images (paper 300 to 600)")
-    batch_size: int = setting(128, "images in one forward pass (paper 2048 over 16 GPUs)")
-    accumulation: int = setting(1, "forward passes to an optimizer step; the step sees batch_size x accumulation images")
-    recompute: bool = setting(False, "compute each block's activations again in the backward pass instead of keeping them: less memory, "
-                                     "about a third more time")
-    compile: bool = setting(False, "run the model through torch.compile: slower to start, meant for a GPU; a CPU needs a C++ compiler")
-    optimizer: str = setting("adamw", "adamw (paper), adam or sgd", ("adamw", "adam", "sgd"))
-    betas: tuple[float, float] = setting((0.9, 0.999), "Adam's two decay rates; sgd takes the first as its momentum")
-    schedule: str = setting("cosine", "learning rate after the warmup: cosine (paper) or constant", ("cosine", "constant"))
-    lr: float = setting(1e-3, "learning rate after the warmup (paper 1e-3)")
-    lr_start: float = setting(1e-4, "learning rate at the first step (paper 1e-4)")
-    lr_final: float = setting(1e-6, "learning rate at the last step (paper 1e-6)")
-    warmup: float = setting(0.05, "fraction of all steps spent warming up (paper 15 of 600 epochs; official code 40 of 300)")
+    max_steps: int = setting(0, "stop after so many steps, schedules fitted to them; 0 is no limit")
+    batch_size: int = setting(128, "images in a forward pass (paper 2048 over 16 GPUs)")
+    accumulation: int = setting(1, "forward passes to an optimizer step")
+    lr: float = setting(4e-3, "learning rate after the warmup (paper 1e-3)")
+    lr_start: float = setting(4e-4, "learning rate at the first step (paper 1e-4)")
+    lr_final: float = setting(1e-6, "learning rate at the last step, along a cosine (paper 1e-6)")
+    warmup: float = setting(0.05, "fraction of the steps that warm up (paper 15 of 600 epochs)")
+    betas: Pair = setting((0.9, 0.999), "AdamW's decay rates (official code .9 .999)")
     weight_decay: float = setting(0.04, "weight decay at the first step (paper .04)")
-    weight_decay_final: float = setting(0.4, "weight decay at the last step, reached along a cosine (paper .4)")
-    decay_all: bool = setting(False, "decay biases and norms too (official code: no)")
-    clip_grad: float = setting(0.0, "largest gradient norm; 0 leaves gradients alone (paper: none)")
-    momentum: float = setting(0.996, "EMA momentum of the target encoder at the first step (paper .996)")
-    momentum_final: float = setting(1.0, "EMA momentum at the last step, reached linearly (paper 1.0)")
+    weight_decay_final: float = setting(
+        0.04, "weight decay at the last step, along a cosine (paper .4)")
+    clip_grad: float = setting(0.0, "largest gradient norm; 0 does not clip (paper)")
+    momentum: float = setting(0.99, "EMA momentum at the first step (paper .996)")
+    momentum_final: float = setting(0.99, "EMA momentum at the last step, linearly (paper 1)")
     # The run
-    held_out: int = setting(512, "training images kept out of training, at most a tenth of all, on which the features are measured")
-    measurements: int = setting(20, "times that a run measures its features; 0 is never")
-    seed: int = setting(0, "seed of initialisation, data order, crops and masks")
-    device: str = setting("auto", "auto takes cuda, else mps, else cpu", ("auto", "cpu", "cuda", "mps"))
-    precision: str = setting("auto", "auto is bf16 autocast on cuda and fp32 elsewhere", ("auto", "fp32", "bf16"))
-    deterministic: bool = setting(False, "only operations that give the same bits every time, refusing those that cannot; slower on a GPU")
-    workers: int = setting(8, "processes that decode an image folder too large for memory; no more than there are cores")
-    max_steps: int = setting(0, "end after this many optimizer steps, schedules fitted to them; 0 is no limit")
-    max_minutes: float = setting(0.0, "end after this many minutes, schedules fitted to them; 0 is no limit")
+    held_out: int = setting(
+        512, "training images kept out to measure the features on, a tenth of all at most")
+    measurements: int = setting(20, "how often a run measures its features; 0 is never")
+    seed: int = setting(0, "seed of the initial weights, data order, crops and masks")
+    device: str = setting(
+        "auto", "auto is cuda where there is one, else cpu", ("auto", "cpu", "cuda", "mps"))
+    precision: str = setting(
+        "auto", "auto is bf16 on a GPU of capability 8.0 or newer, fp16 on an older one, else fp32",
+        ("auto", "fp32", "bf16", "fp16"))
+    compile: bool = setting(False, "use torch.compile: slower to start; a CPU needs a C++ compiler")
     checkpoint_minutes: float = setting(2.0, "minutes between two checkpoints")
-    tensorboard: bool = setting(False, "log to TensorBoard as well, in the run folder (pip install tensorboard)")
-    wandb: str = setting("", "log to this project of Weights & Biases as well (pip install wandb)")
+    log_to: str = setting("", "besides metrics.csv: tensorboard, or wandb:PROJECT")
     out: str = setting("", "run folder; empty is runs/PRESET")
 
 
+# So that 20 of 64 patches can be kept, 7.5% of the images have a target block laid onto another
+# (shapes, 12 of 36: 1.2%; docs/differences.md).
 CIFAR = dict(
-    dataset="cifar10", image_size=32, patch_size=4, encoder="192x6x3", predictor="96x4x2", crop_scale=(0.3, 1.0), flip=True,
-    epochs=300, batch_size=256, lr=1e-3, context_size=20,
-)
+    dataset="cifar10", image_size=32, encoder="192x6x3", predictor="96x4x2", crop_scale=(0.3, 1.0),
+    flip=True, context_size=20, epochs=300, batch_size=256, lr=1e-3, lr_start=1e-4,
+    weight_decay_final=0.4, momentum=0.996, momentum_final=1.0)
+WHOLE = dict(CIFAR, crop_scale=(1.0, 1.0), flip=False, context_size=0)
 PRESETS = {
-    # Embedded images, a laptop CPU, minutes. So short a run wants a high rate and a target that keeps up with the context encoder:
-    # a momentum that rises to 1 would freeze it before the end.
-    "shapes": dict(lr=4e-3, lr_start=4e-4, weight_decay_final=0.04, momentum=0.99, momentum_final=0.99, context_size=12),
-    # Embedded volumes, likewise.
+    # Synthetic images, minutes on a laptop's CPU: the defaults above. A short run needs a high rate
+    # and a target encoder that keeps up; a momentum that rises to 1 would freeze it before the end.
+    "shapes": {},
+    # Synthetic volumes, likewise.
     "shapes3d": dict(
-        dataset="shapes3d", image_size=16, epochs=25, lr=8e-3, lr_start=8e-4, weight_decay_final=0.04, momentum=0.98, momentum_final=0.98,
-        context_size=20,
-    ),
-    # Volumes of organs, 28 voxels a side; a name of its like, as nodulemnist3d, may be given with --dataset. There are a thousand only, so
-    # the epochs are many; no mirroring, for left and right organs are two classes.
+        dataset="shapes3d", image_size=16, epochs=25, lr=8e-3, lr_start=8e-4, momentum=0.98,
+        momentum_final=0.98, context_size=20),
+    # Volumes of organs, 28 voxels a side; --dataset takes its relatives, such as nodulemnist3d. Not
+    # mirrored, for the left and the right kidney are two classes.
     "medmnist3d": dict(
-        dataset="organmnist3d", image_size=28, patch_size=7, encoder="192x6x3", predictor="96x4x2", crop_scale=(0.6, 1.0), epochs=300,
-        batch_size=64, lr=1e-3, context_size=16,
-    ),
+        CIFAR, dataset="organmnist3d", image_size=28, patch_size=7, crop_scale=(0.6, 1.0),
+        flip=False, batch_size=64, context_size=16),
     "cifar10": CIFAR,
     "cifar100": dict(CIFAR, dataset="cifar100"),
     "stl10": dict(
-        dataset="stl10", split="train+unlabeled", image_size=96, patch_size=8, encoder="small", predictor="192x6x6",
-        crop_scale=(0.3, 1.0), flip=True, epochs=100, batch_size=256, context_size=48,
-    ),
-    # A public STL-10 recipe (ViT-B/16 at 224 pixels, 50 epochs), with our cosine for its linear weight decay.
+        CIFAR, dataset="stl10", split="train+unlabeled", image_size=96, patch_size=8,
+        encoder="small", predictor="192x6x6", epochs=100, context_size=48),
+    # A public STL-10 recipe: ViT-B/16 at 224 pixels. Differs: weight decay follows a cosine.
     "stl10-vit-base": dict(
-        dataset="stl10", split="unlabeled", image_size=224, patch_size=16, encoder="base", predictor="384x6x12", epochs=50,
-        batch_size=64, accumulation=4, lr=1e-3, warmup=0.3, betas=(0.9, 0.95), loss="l2", min_keep=10,
-    ),
-    # A public CIFAR-10 recipe (github.com/sombersomni/ijepa-homemade); ours averages the loss where it sums, and layer-norms targets.
+        WHOLE, dataset="stl10", split="unlabeled", image_size=224, patch_size=16, encoder="base",
+        predictor="384x6x12", epochs=50, batch_size=64, accumulation=4, warmup=0.3,
+        betas=(0.9, 0.95), loss="l2"),
+    # A public CIFAR-10 recipe (github.com/sombersomni/ijepa-homemade). Differs: the loss is a mean,
+    # there a sum, and targets are layer-normed.
     "cifar10-peer": dict(
-        dataset="cifar10", image_size=32, patch_size=4, encoder="192x6x6", predictor="96x4x6", target_scale=(0.15, 0.25),
-        context_scale=(0.75, 0.95), flip=True, epochs=100, batch_size=256, lr=1e-3, lr_final=1e-5, warmup=0.1,
-        weight_decay=0.05, weight_decay_final=0.05, loss="l2",
-    ),
-    # ViT-H/14 on ImageNet-1k with the official code's schedules; one process here, so the batch of 2048 is accumulated.
+        WHOLE, encoder="192x6x6", predictor="96x4x6", target_scale=(0.15, 0.25), flip=True,
+        context_scale=(0.75, 0.95), epochs=100, lr_final=1e-5, warmup=0.1, weight_decay=0.05,
+        weight_decay_final=0.05, loss="l2"),
+    # The paper's ViT-H/14 on ImageNet-1k with the official code's schedules; its batch of 2048 is
+    # accumulated.
     "imagenet-vit-huge": dict(
-        dataset="data/imagenet", image_size=224, patch_size=14, encoder="huge", predictor="384x12x16",
-        crop_scale=(0.3, 1.0), epochs=300, batch_size=64, accumulation=32, warmup=40 / 300, lr_start=2e-4, min_keep=10,
-        mask_mode="truncate",
-    ),
-    # A few thousand small images and a few hundred steps, as arrays given to estimator.py. So few steps need a high rate, and so high a
-    # rate a long warmup: without it the features of different images become alike at first, and the run ends before they part again.
+        WHOLE, dataset="data/imagenet", image_size=224, patch_size=14, crop_scale=(0.3, 1.0),
+        encoder="huge", predictor="384x12x16", batch_size=64, accumulation=32, warmup=40 / 300,
+        lr_start=2e-4),
+    # A few thousand images and a few hundred steps (extras/estimator.py). So high a rate needs a
+    # long warmup: without it the features of different images first become alike.
     "small": dict(
-        image_size=32, patch_size=8, encoder="48x2x2", predictor="32x1x2", num_targets=2, epochs=30, batch_size=64, lr=6e-3, lr_start=6e-4,
-        lr_final=1e-3, warmup=0.5, betas=(0.9, 0.95), weight_decay=0.1, weight_decay_final=0.1, momentum=0.98, momentum_final=0.98,
-    ),
+        image_size=32, patch_size=8, encoder="48x2x2", predictor="32x1x2", num_targets=2,
+        context_size=0, epochs=30, batch_size=64, lr=6e-3, lr_start=6e-4, lr_final=1e-3, warmup=0.5,
+        betas=(0.9, 0.95), weight_decay=0.1, weight_decay_final=0.1, momentum=0.98,
+        momentum_final=0.98),
 }
+# Named encoders: width, depth, heads (the ViT papers; huge as in I-JEPA's appendix A.1).
+SIZES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12),
+         "large": (1024, 24, 16), "huge": (1280, 32, 16)}
 
 
-# What --method stands for: settings it changes after the preset, before the other flags.
-METHODS = {
-    "ijepa": {},
-    "mae": {},
-    "supervised": {},
-    "ijepa-pixels": {"targets": "pixels"},
-    "ijepa-random-masks": {"masks": "random", "mask_ratio": 0.6},
-    "ijepa-raster-masks": {"masks": "raster"},
-    "ijepa-one-block": {"num_targets": 1},
-    "ijepa-no-stop-gradient": {"stop_gradient": False},
-    "ijepa-momentum-0": {"momentum": 0.0, "momentum_final": 0.0},
-    "ijepa-momentum-1": {"momentum": 1.0, "momentum_final": 1.0},
-    "ijepa-masked-input": {"masked_input": True},
-}
-
-
-def near(word, known):
-    """'; nearest: X' where one of the known words is spelt nearly like this one, in whatever case; else nothing."""
-    known = {name.lower(): name for name in known}
-    close = difflib.get_close_matches(word.lower(), known, 1)
-    return f"; nearest: {known[close[0]]}" if close else ""
-
-
-def check_known(what, word, known, more=""):
-    """Raise UsageError, with the nearest spelling, where a word is none of the known ones."""
-    if word not in known:
-        raise UsageError(f"{what} '{word}' is none of {', '.join(known)}{more}{near(word, known)}")
-
-
-def need(values, condition, name, allowed):
-    """Raise UsageError unless the condition holds: the flag of this name, its value among `values` (a Config, or parsed flags), what is
-    allowed."""
-    if not condition:
-        value, flag = getattr(values, name), name.replace("_", "-")
-        if isinstance(value, bool):
-            raise UsageError(f"--{flag if value else f'no-{flag}'} is given: {allowed}")
-        value = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-        raise UsageError(f"--{flag} is {value or 'empty'}: {allowed}")
-
-
-def need_choice(values, name, choices):
-    """Raise UsageError, with the nearest spelling, unless the value of this name is one of the choices."""
-    value = getattr(values, name)
-    need(values, value in choices, name, f"choose one of {', '.join(choices)}{near(str(value), choices)}")
+def parse_size(size, name="encoder"):
+    """(width, depth, heads) of a name in SIZES or of 'width x depth x heads', such as 192x6x3."""
+    if size in SIZES:
+        return SIZES[size]
+    parts = size.split("x")
+    check(len(parts) == 3 and all(part.isdecimal() and 0 < int(part) < 10_000 for part in parts),
+          name, size, f"width x depth x heads, such as 192x6x3, or {', '.join(SIZES)}")
+    width, depth, heads = map(int, parts)
+    check(width % heads == 0 and width % 4 == 0, name, size, "a width divisible by 4 and the heads")
+    return width, depth, heads
 
 
 def from_preset(name="shapes", **changes):
-    """The Config of a preset with some fields changed, checked. Raises UsageError for an unknown name or an impossible value."""
-    method = changes.get("method", "ijepa")
-    need_choice(argparse.Namespace(preset=name), "preset", PRESETS)
-    need_choice(argparse.Namespace(method=method), "method", METHODS)
-    unknown = set(changes) - {f.name for f in dataclasses.fields(Config)}
-    if unknown:
-        raise UsageError(f"no setting is called {', '.join(sorted(unknown))}; `python train.py --help` lists them")
-    config = Config(**{"preset": name, **PRESETS[name], **METHODS[method], **changes})
-    check(config)
+    """The Config of a preset with some settings changed; UsageError for what no run could use."""
+    check_choice("--preset", name, PRESETS)
+    for unknown in changes.keys() - Config.__dataclass_fields__.keys():
+        check_choice("the setting's name", unknown, Config.__dataclass_fields__)
+    config = Config(**{"out": f"runs/{name}", **PRESETS[name], **changes})
+    validate(config)
     return config
 
 
-def check(config):
-    """Refuse what no run could use. What needs the grid or the data is checked by the masks, the model and the loaders."""
-    def must(condition, name, allowed):
-        need(config, condition, name, allowed)
+KINDS = {int: "a whole number from 0 to 2147483647", float: "a finite number, 0 or more",
+         bool: "True or False", str: "a string", Pair: "two finite numbers, 0 or more"}
+POSITIVE = ("image_size", "patch_size", "num_targets", "epochs", "batch_size", "accumulation", "lr")
 
-    for f in dataclasses.fields(config):
+
+def is_number(value, whole=False):
+    """Whether a value is a number that a run can use: finite, not negative, and no bool."""
+    kinds, limit = (int, 2**31) if whole else ((int, float), math.inf)
+    return isinstance(value, kinds) and not isinstance(value, bool) and 0 <= value < limit
+
+
+def validate(config):
+    """Raise UsageError for a setting of the wrong type or with a value that no run could use."""
+    for f in fields(Config):
         value = getattr(config, f.name)
+        if f.type is Pair:
+            right = isinstance(value, tuple) and len(value) == 2 and all(map(is_number, value))
+        elif f.type in (int, float):
+            right = is_number(value, whole=f.type is int)
+        else:
+            right = isinstance(value, f.type)
+        check(right, f.name, value, KINDS[f.type])
         if f.metadata["choices"]:
-            need_choice(config, f.name, f.metadata["choices"])
-        must(value != "" or f.name in ("out", "wandb"), f.name, "it needs a name")
-        numbers = value if isinstance(value, tuple) else (value,)
-        must(all(math.isfinite(v) for v in numbers if isinstance(v, float)), f.name, "it must be a finite number")
-        must(not isinstance(value, int) or value <= LARGEST, f.name, f"it can be {LARGEST} at most")
-    must(config.seed >= 0, "seed", SEEDS)
-    for name in ("image_size", "patch_size", "num_targets", "target_layers", "epochs", "batch_size", "accumulation", "min_keep"):
-        must(getattr(config, name) >= 1, name, "it must be 1 or more")
-    for name in ("context_size", "max_steps", "max_minutes", "clip_grad", "weight_decay", "weight_decay_final", "lr_start", "lr_final",
-                 "workers", "checkpoint_minutes", "held_out", "measurements", "registers", "vicreg"):
-        must(getattr(config, name) >= 0, name, "it cannot be negative")
-    for name in ("crop_scale", "target_scale", "context_scale"):
-        low, high = getattr(config, name)
-        must(0 < low <= high <= 1, name, "two fractions of an area, 0 < least <= most <= 1")
-    low, high = config.target_aspect
-    must(0.01 <= low <= high <= 100, "target_aspect", "two ratios, .01 <= least <= most <= 100")
-    must(all(0 <= beta < 1 for beta in config.betas), "betas", "two decay rates from 0 to below 1")
-    must(config.lr > 0, "lr", "it must be above 0")
-    must(0 <= config.warmup <= 1, "warmup", "a fraction of the run, from 0 to 1")
-    must(0 <= config.stochastic_depth < 1, "stochastic_depth", "a probability, from 0 to below 1")
-    must(0 < config.mask_ratio < 1, "mask_ratio", "a fraction of the patches, above 0 and below 1")
-    for name in ("momentum", "momentum_final"):
-        must(0 <= getattr(config, name) <= 1, name, "a number from 0 to 1")
-    must(config.image_size % config.patch_size == 0, "patch_size", f"it must divide the --image-size of {config.image_size} pixels")
-    for name, value in METHODS[config.method].items():
-        must(name == "mask_ratio" or getattr(config, name) == value, name,
-             f"--method {config.method} stands for {value}; leave one of the two out")
-    # What nobody would read is refused, lest someone believe that it was.
-    must(config.mask_ratio == Config.mask_ratio or config.method == "mae" or config.masks == "random", "mask_ratio",
-         "it is for --masks random and --method mae; leave it out")
-    reader, unread = "", ()
-    if config.method in ("mae", "supervised"):
-        reader, unread = f"--method {config.method}", ("targets", "masks", "masked_input", "stop_gradient", "target_norm",
-                                                      "target_layers", "vicreg")
-    elif config.targets == "pixels":
-        reader, unread = "--targets pixels", ("masked_input", "stop_gradient", "target_norm", "target_layers")
-    elif config.masked_input:
-        reader, unread = "--masked-input", ("stop_gradient", "target_layers")
-    for name in unread:
-        must(getattr(config, name) == getattr(Config, name), name, f"{reader} makes nothing of it; leave one of the two out")
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line that says what is allowed, with the nearest flag where one is misspelt."""
-
-    def __init__(self, **options):
-        super().__init__(allow_abbrev=False, **options)
-        self._negative_number_matcher = re.compile(r"-(\d|\.\d|inf|nan)")  # argparse's own takes the -1e-3 of `--lr -1e-3` for a flag
-
-    def error(self, message):
-        if wrong := re.match(r"argument (\S+): invalid (int|float) value: '(.*)'", message):
-            kind = {"int": "a whole number, as 12", "float": "a number, as 0.5"}[wrong[2]]
-            raise UsageError(f"{wrong[1]} is {wrong[3] or 'empty'}: it must be {kind}")
-        more = ""
-        if unknown := re.search(r"unrecognized arguments: (\S*)", message):
-            more = near(unknown[1], self._option_string_actions) if unknown[1].startswith("--") else "; no flag takes it"
-        raise UsageError(f"{message}{more} (--help lists what there is)")
-
-
-def parser(description):
-    """An argument parser with one flag per Config field; `--help` shows each field's comment and its value in the default preset."""
-    defaults = from_preset("shapes")
-    p = Parser(description=description + " Defaults, in brackets, are those of the preset shapes.", epilog=f"presets: {', '.join(PRESETS)}")
-    for f in dataclasses.fields(Config):
-        flag, show = "--" + f.name.replace("_", "-"), str(getattr(defaults, f.name)).strip("()").replace(",", "") or "empty"
-        comment = f.metadata["comment"].replace("%", "%%") + f" [{show}]"
-        if f.type is bool:
-            p.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=comment)
-        elif f.type in (int, float, str):
-            p.add_argument(flag, type=f.type, default=argparse.SUPPRESS, metavar=f.type.__name__.upper(), help=comment)
-        else:
-            p.add_argument(flag, type=float, nargs=2, default=argparse.SUPPRESS, metavar="NUMBER", help=comment)
-    return p
-
-
-def given(arguments):
-    """The fields that parsed flags (an argparse Namespace) set, as a dict; names that are no field are left out."""
-    names = {f.name for f in dataclasses.fields(Config)}
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in vars(arguments).items() if name in names}
-
-
-def from_arguments(arguments):
-    """The Config asked for by parsed command-line flags."""
-    fields = given(arguments)
-    return from_preset(fields.pop("preset", "shapes"), **fields)
-
-
-def from_dict(values):
-    """The Config that `dataclasses.asdict` wrote, as a JSON file or a checkpoint gives it back (tuples became lists)."""
-    return from_arguments(argparse.Namespace(**values))
-
-
-def command(config):
-    """The command that trains with this Config: `python train.py` and a flag for each field that its preset leaves otherwise."""
-    preset = Config(**{"preset": config.preset, **PRESETS[config.preset], **METHODS[config.method]})
-    words = ["python train.py --preset", config.preset]
-    for name, value in vars(config).items():
-        flag = name.replace("_", "-")
-        if value == getattr(preset, name):
-            continue
-        if isinstance(value, bool):
-            words.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            words.append(f"--{flag} {' '.join(map(str, value)) if isinstance(value, tuple) else shlex.quote(str(value))}")
-    return " ".join(words)
-
-
-def run(main):
-    """Call `main()`; a UsageError becomes one line on stderr and exit code 2, as argparse does with a wrong flag.
-
-    So does an OSError, which names its file (a full disk, missing rights, a file in a folder's place), and memory that is too small.
-    """
-    try:
-        main()
-    except (UsageError, OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, (MemoryError, RuntimeError)):
-            if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory", str(error)):  # torch's words
-                raise
-            error = "memory is too small; lower --batch-size, --image-size, --encoder or --predictor, in evaluation --train-images"
-        rank = os.environ.get("RANK", "0")  # set by torchrun
-        print(f"error: {error}" if rank == "0" else f"error in process {rank}: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
+            check_choice("--" + f.name.replace("_", "-"), value, f.metadata["choices"])
+    check(config.dataset, "dataset", config.dataset, "a name, a folder or a .npz file")
+    for name in POSITIVE:
+        check(getattr(config, name) > 0, name, getattr(config, name), "more than 0")
+    check_range("crop_scale", config.crop_scale, 1e-6, 1)
+    check(max(config.betas) < 1, "betas", config.betas, "two numbers below 1")
+    for name in ("warmup", "momentum", "momentum_final"):
+        check(getattr(config, name) <= 1, name, getattr(config, name), "a number from 0 to 1")
+    check(config.image_size % config.patch_size == 0, "patch_size", config.patch_size,
+          f"a divisor of the image size, {config.image_size} pixels")
+    parse_size(config.encoder)
+    parse_size(config.predictor, "predictor")

@@ -1,467 +1,315 @@
-"""What a run looks like: what its predictor imagines, where its encoder looks, and every figure of figures.py, written to files.
+"""What a run looks like: its masks, what its predictor imagines, its curves, its features.
 
-    python predict_and_visualize.py RUN          writes RUN/figures/*.png and RUN/figures/retrieval.json
+    python predict_and_visualize.py RUN    writes masks, predictor_neighbours, curves and tsne into
+                                           RUN/figures
+    python -m extras.figures RUN           these and many more
 
-Here is what has to ask the model; what only draws is in figures.py. Alphabet as in models.py; images are normalised float
-[B, C, H, W] as the encoder takes them, pictures the same images as they are shown, float [B, 3, H, W] in 0..1. Of volumes
-[B, C, T, H, W] pictures are volumes too, and the figures show slices of them.
+Every figure is a function from tensors to a matplotlib Figure: scripts save it, notebooks show it,
+tests call it. Notation as in models.py; `images` are normalised, float [B, C, H, W], as the encoder
+takes them; `pictures` are the same images for display, float [B, 3, H, W] from 0 to 1.
 """
 
-import csv
-import json
+import contextlib
 import math
-from collections import namedtuple
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from sklearn.decomposition import PCA
+from sklearn.manifold import TSNE
 
-from support import checkpoint
-import config
 import data
 import evaluate
-from extras import mae
-from extras import methods
-import models
 import train
-from extras.figures import (COLOURS, add_bar, by_slice, comparison_figure, confusion_figure, coverage_figure, curves_figure, frame,
-                     low_shot_figure, mask_figure, nearest_images_figure, per_class_figure, table, to_pixels, token_figure, tsne_figure)
-from masking import Masks
+from config import Config, UsageError, check
+from models import patchify
+from support import command_line
+from support.logs import complete_rows
+from support.plots import COLORS, curves_figure, plain, table
 
-SHOWN = 6  # images in the rows of the figures
-TSNE_IMAGES = 5000
-Gallery = namedtuple("Gallery", "features patches")  # of the same patches: layer-normed target features [K, D], pixels [K, 3 * patch**2]
-
-
-# ---- images, as the encoder takes them and as they are shown
+# --- images for display ---------------------------------------------------------------------------
 
 
-def rgb(dataset, indices, size):
-    """Images of a dataset as they are shown: float [B, 3, H, W] in 0..1."""
-    images = data.resize(dataset.images[indices].float() / 255, size)  # [B, C, H, W]
-    return images.expand(-1, 3, *images.shape[2:]) if images.shape[1] == 1 else images
+def normalised(dataset, size, device="cpu"):
+    """All images of an ImageDataset as the encoder takes them: float [B, C, H, W]."""
+    return torch.cat(list(data.batches(dataset, 256, size, device)))
 
 
-def normalised(dataset, indices, size):
-    """The same images as the encoder takes them: float [B, C, H, W]."""
-    return next(data.batches(dataset.subset(indices), len(indices), size))
+def rgb(images, dataset):
+    """Normalised images of an ImageDataset as they look: float [B, 3, H, W] from 0 to 1."""
+    shape = (-1,) + (1,) * (images.ndim - 2)  # a value for each channel
+    mean, std = (images.new_tensor(part).view(shape) for part in (dataset.mean, dataset.std))
+    pictures = (images * std + mean).clamp(0, 1)
+    return pictures.expand(-1, 3, *pictures.shape[2:])
 
 
-# ---- features
+def unpatchify(patches, shape, p):
+    """`patchify` undone: patches [B, N, C*p*p] -> images [B, *shape], with shape (C, H, W)."""
+    numbers = torch.arange(math.prod(shape), device=patches.device).view(1, *shape)
+    images = patches.new_empty(len(patches), numbers.numel())
+    images[:, patchify(numbers, p)[0]] = patches  # each value goes where its number came from
+    return images.view(-1, *shape)
 
 
-@torch.no_grad()
-def block_features(model, images, masks, predictor):
-    """Predicted and true features of the target patches of normalised images, each [B, M, Nt, D], layer-normed."""
-    context = model.context_encoder(images, masks.context, masks.context_valid)  # [B, Nc, D]
-    predicted = predictor(context, masks)
-    return F.layer_norm(predicted, predicted.shape[-1:]), model.targets(images, masks)
+def to_pixels(flags, grid, p):
+    """Maps of the patches [..., N] as maps of the pixels [..., H, W]."""
+    flags = flags.unflatten(-1, grid)
+    for axis in range(-len(grid), 0):
+        flags = flags.repeat_interleave(p, axis)
+    return flags
 
 
-@torch.no_grad()
-def gallery_features(model, images):
-    """Layer-normed target features of every patch of normalised images [G, C, H, W] -> [G * N, D]."""
-    return torch.cat([model.target_tokens(part) for part in images.split(256)]).flatten(0, 1)  # [G * N, D]
+# --- masks ----------------------------------------------------------------------------------------
 
 
-def nearest(queries, gallery, k=1):
-    """Indices [Q, k] of the rows of the gallery [K, D] with the highest cosine to each query [Q, D], best first."""
-    gallery = F.normalize(gallery, dim=1)
-    return torch.cat([(F.normalize(part, dim=1) @ gallery.T).topk(k, dim=1).indices for part in queries.split(512)])
+def mask_figure(pictures, masks, grid, title=""):
+    """A row for each image: all of it, what the context encoder sees, each target block in color.
 
-
-def retrieval(model, untrained, images, labels, masks, gallery_images, gallery_labels):
-    """How well predicted features find the right patch, for the trained and an untrained predictor: a dict of fractions.
-
-    images [B, C, H, W] normalised with Masks; gallery_images [G, C, H, W] other held-out images. For recall@1, 5 and 10 the
-    gallery also holds the patches of the queries themselves, so the true patch is there to be found among `gallery_size`;
-    `median_rank` is its place. Class agreement is the share of nearest patches, all of other images, whose image has the
-    query's class (`labels` may be None).
+    pictures [B, 3, H, W] with their Masks; grid: rows and columns of patches.
     """
-    N, others = model.masking.N, gallery_features(model, gallery_images)
-    gallery = torch.cat([gallery_features(model, images), others])  # [(B + G) * N, D]
-    _, valid = masks.valid()  # [B, M, Nt]
-    image_number = torch.arange(len(images))[:, None, None].expand_as(masks.targets)
-    truth = (image_number * N + masks.targets)[valid]  # [Q], place of the true patch in the gallery
-    results = {"gallery_size": len(gallery), "queries": len(truth)}
-    unit = F.normalize(gallery, dim=1)
-    for name, predictor in (("trained", model.predictor), ("untrained", untrained)):
-        predicted, _ = block_features(model, images, masks, predictor)
-        queries = F.normalize(predicted[valid], dim=1)  # [Q, D]
-        ranks = []
-        for part, right in zip(queries.split(512), truth.split(512)):
-            cosine = part @ unit.T  # [q, (B + G) * N]
-            ranks.append((cosine > cosine.gather(1, right[:, None])).sum(1))  # 0: the true patch is the nearest
-        ranks = torch.cat(ranks)
-        results[name] = {f"recall@{k}": (ranks < k).float().mean().item() for k in (1, 5, 10)}
-        results[name]["median_rank"] = ranks.float().median().item() + 1
-        if labels is not None:
-            found = nearest(predicted[valid], others)[:, 0] // N
-            results[name]["class_agreement"] = (gallery_labels[found] == labels[image_number[valid]]).float().mean().item()
-    return results
+    p = pictures.shape[-1] // grid[-1]
+    context, targets = (to_pixels(part, grid, p) for part in masks.maps(math.prod(grid)))
+    columns = [("image", pictures),
+               ("context", torch.where(context[:, None], pictures, 1.0))]  # hidden: white
+    pale = 0.25 * pictures + 0.75
+    for m, block in enumerate(targets.unbind(1)):  # each [B, H, W]
+        color = pictures.new_tensor(to_rgb(COLORS[m % len(COLORS)])).view(3, 1, 1)
+        tinted = 0.45 * pictures + 0.55 * color
+        columns.append((f"target block {m + 1}", torch.where(block[:, None], tinted, pale)))
+    return table(columns, title)[0]
 
 
-# ---- what the predictor imagines
+# --- what the predictor imagines ------------------------------------------------------------------
 
 
+class Gallery(NamedTuple):
+    """The patches that hidden ones may be filled with, all of images that are not shown."""
+
+    features: torch.Tensor  # [K, D]: layer-normed target features
+    patches: torch.Tensor  # [K, 3*p*p]: the pixels
+
+
+@torch.no_grad()
 def make_gallery(model, images, pictures):
-    """The patches that hidden ones may be filled with: a Gallery of all patches of G images, given normalised and as pictures."""
-    return Gallery(gallery_features(model, images), models.patchify(pictures, pictures.shape[-1] // model.masking.grid[0]).flatten(0, 1))
+    """The Gallery of all patches of some images, normalised and as pictures."""
+    tokens = torch.cat([model.target_encoder(part) for part in images.split(256)])  # [G, N, D]
+    features = F.layer_norm(tokens, tokens.shape[-1:]).flatten(0, 1)  # [G*N, D]
+    return Gallery(features, patchify(pictures, model.target_encoder.patch_size).flatten(0, 1))
 
 
-def fill(pictures, masks, features, gallery, grid):
-    """Pictures [B, 3, H, W] with each target patch replaced by the gallery's nearest (cosine) to its feature in [B, M, Nt, D]."""
-    patch = pictures.shape[-1] // grid[0]
-    _, valid = masks.valid()  # [B, M, Nt]
-    row = torch.arange(len(pictures))[:, None, None].expand_as(masks.targets)  # [B, M, Nt], number of the image
-    patches = models.patchify(pictures, patch).clone()  # [B, N, 3 * patch**2]
-    patches[row[valid], masks.targets[valid]] = gallery.patches[nearest(features[valid], gallery.features)[:, 0]]
-    return models.unpatchify(patches, grid, patch)  # [B, 3, H, W]
+def nearest(queries, rows, k=1):
+    """Which of the rows [K, D] have the highest cosine to each query [Q, D]: [Q, k], best first."""
+    rows = F.normalize(rows, dim=1)
+    return torch.cat([(F.normalize(part, dim=1) @ rows.T).topk(k, dim=1).indices
+                      for part in queries.split(512)])
+
+
+def fill(pictures, masks, features, gallery, p):
+    """Pictures with every target patch replaced by the gallery's nearest to its feature.
+
+    features [B, M, Nt, D]: of the target patches; p: patch size in pixels.
+    """
+    real = masks.targets_valid  # [B, M, Nt]
+    image = torch.arange(len(pictures), device=real.device)[:, None, None].expand_as(real)
+    found = nearest(features[real], gallery.features)[:, 0]
+    patches = patchify(pictures, p).clone()  # [B, N, 3*p*p]
+    patches[image[real], masks.targets[real]] = gallery.patches[found]
+    return unpatchify(patches, pictures.shape[1:], p)
+
+
+@torch.no_grad()
+def imagine(model, untrained, images, pictures, masks, gallery):
+    """The columns of `neighbours_figure`: a list of (name, pictures [B, 3, H, W])."""
+    encoder, p = model.target_encoder, model.target_encoder.patch_size
+    output = model(images, masks)
+    context = model.context_encoder(images, masks.context, masks.context_valid)  # [B, Nc, D]
+    seen = to_pixels(masks.maps(len(encoder.positions))[0], encoder.grid, p)  # [B, H, W]
+    seen = torch.where(seen[:, None], pictures, 1.0)
+    answers = {"predicted": output.predictions, "true features": output.targets,
+               "untrained predictor": untrained(context, masks)}  # each [B, M, Nt, D]
+    filled = [(name, fill(seen, masks, features, gallery, p)) for name, features in answers.items()]
+    return [("image", pictures), ("context", seen), *filled]
 
 
 def neighbours_figure(model, untrained, images, pictures, masks, gallery, title=""):
-    """What the predictor imagines: hidden patches replaced by the gallery patch whose target feature is nearest (cosine).
+    """What the predictor imagines: hidden patches, filled from a gallery of other images' patches.
 
-    A row an image: original, context, one column for each target block filled from *predicted* features, all blocks at once,
-    then two controls: filled from the *true* features (the best this gallery can do) and from an `untrained` predictor's.
-    The gallery is of other images.
+    In each hidden place stands the patch whose target feature is nearest (cosine) to the predicted
+    one. Two controls: nearest to the *true* feature, the best that this gallery can do, and to what
+    an `untrained` predictor answers.
     """
-    M, grid, size = masks.targets.shape[1], model.masking.grid, pictures.shape[-1]
-    context, targets = masks.maps(model.masking.N)  # [B, N], [B, M, N]
-    hidden = torch.where(to_pixels(context, size, grid)[:, None], pictures, 1.0)  # [B, 3, H, W]
-    predicted, true = block_features(model, images, masks, model.predictor)
-    guess, _ = block_features(model, images, masks, untrained)
-    filled, best, chance = (fill(hidden, masks, features, gallery, grid) for features in (predicted, true, guess))
-    where = to_pixels(targets, size, grid)[:, :, None]  # [B, M, 1, H, W]
-    columns = [("original", pictures), ("context", hidden)]
-    columns += [(f"block {m + 1}", torch.where(where[:, m], filled, hidden)) for m in range(M)]
-    columns += [("all predicted", filled), ("true features", best), ("untrained", chance)]
-    return table([(name, by_slice(part, grid)) for name, part in columns], title)[0]
+    return table(imagine(model, untrained, images, pictures, masks, gallery), title, side=1.6)[0]
 
 
-def slide(grid, sides):
-    """One block of `sides` (rows, columns of patches) at each of its P places on the grid, in raster order: Masks of P images.
+# --- features -------------------------------------------------------------------------------------
 
-    The context is all the rest, more than in training, so nothing is padded: context [P, N - Nt], targets [P, 1, Nt].
+
+def tsne_figure(features, labels, class_names, title="", seed=0):
+    """t-SNE of several features of the same images, side by side; a color for each class.
+
+    features: a dict of name -> float [n, D]; labels int64 [n].
     """
-    cells = blocks = torch.arange(math.prod(grid)).view(grid)
-    for axis, length in enumerate(sides):
-        blocks = blocks.unfold(axis, length, 1)  # in the end [places on each axis, sides]
-    blocks = blocks.flatten(len(grid)).flatten(0, -2)  # [P, Nt]
-    hidden = torch.zeros(len(blocks), cells.numel(), dtype=torch.bool).scatter_(1, blocks, True)  # [P, N]
-    context = cells.flatten().expand_as(hidden)[~hidden].view(len(blocks), -1)  # [P, N - Nt]
-    return Masks(context, None, blocks[:, None], None)
-
-
-def moving_block_figure(model, images, pictures, gallery, sides=None, places=5, title=""):
-    """One block slides over each picture: what is imagined at up to `places` places of the middle row, and the error at every place.
-
-    sides: rows and columns of the block, in patches; by default a block of the middle of the run's target scales. The error is the
-    cosine distance of predicted and true features, averaged over the block, drawn at the block's centre. Of volumes the slice through
-    the middle of the block is shown.
-    """
-    grid, size = model.masking.grid, pictures.shape[-1]
-    scale = getattr(model.masking, "target_scale", (0.15, 0.2))  # random and raster masks have none
-    sides = sides or [max(1, round(side * (sum(scale) / 2) ** (1 / len(grid)))) for side in grid]
-    patch, masks = size // grid[-1], slide(grid, sides)
-    room = [side - length + 1 for side, length in zip(grid, sides)]  # places on each axis
-    *deep, down = [count // 2 for count in room[:-1]]  # the middle row, of volumes in the middle layer
-    steps = torch.linspace(0, room[-1] - 1, min(places, room[-1])).round().long()
-    chosen = torch.arange(math.prod(room)).view(room)[(*deep, down, steps)]  # of the P places
-    some = Masks(masks.context[chosen], None, masks.targets[chosen], None)
-    cut = (..., int((deep[0] + sides[0] / 2) * patch), slice(None), slice(None)) if deep else ...
-    filled, errors = [], []
-    for image, picture in zip(images, pictures):
-        predicted, true = block_features(model, image.expand(len(masks.context), *image.shape), masks, model.predictor)  # [P, 1, Nt, D]
-        filled.append(fill(picture.expand(len(chosen), *picture.shape), some, predicted[chosen], gallery, grid)[cut])  # [places, 3, H, W]
-        errors.append((1 - F.cosine_similarity(predicted, true, dim=-1)).mean((1, 2)).view(room)[tuple(deep)])
-    filled, errors, pictures = torch.stack(filled), torch.stack(errors), pictures[cut]  # [B, places, 3, H, W], [B, high, wide]
-    columns = [(f"column {step + 1}", filled[:, place]) for place, step in enumerate(steps)]
-    figure, axes = table([("original", pictures), *columns, ("error, by centre", 0.5 + 0.5 * pictures)], title)
-    left, top = ((length - 1) / 2 * patch - 0.5 for length in (sides[-1], sides[-2]))  # the patch at the centre of the first place
-    for row, error in zip(axes, errors):
-        for panel, step in zip(row[1:], steps):
-            frame(panel, (down * patch, step * patch), (sides[-2] * patch, sides[-1] * patch), COLOURS[5])
-        row[-1].imshow(error.numpy(), cmap="magma", vmin=0, vmax=errors.max().item(),
-                       extent=(left, left + room[-1] * patch, top + room[-2] * patch, top))
-        row[-1].set(xlim=(-0.5, size - 0.5), ylim=(size - 0.5, -0.5))
-    add_bar(figure, axes[:, -1], "cosine distance", shrink=0.8)
+    n = len(labels)
+    figure = Figure(figsize=(4.8 * len(features), 5.4), layout="constrained")
+    panels = figure.subplots(1, len(features), squeeze=False)[0]
+    colors = np.array([to_rgb(color) for color in COLORS])[labels.cpu() % len(COLORS)]  # [n, 3]
+    for axes, (name, x) in zip(panels, features.items()):
+        x = PCA(min(50, *x.shape), random_state=seed).fit_transform(x.cpu().numpy())  # [n, 50]
+        start = 1e-4 * x[:, :2] / max(x[:, 0].std(), 1e-9)  # init="pca", safe from 0 / 0
+        tsne = TSNE(perplexity=min(30, (n - 1) / 3), init=start, angle=0.8, random_state=seed)
+        axes.scatter(*tsne.fit_transform(x).T, s=20_000 / (1_000 + n), linewidths=0, c=colors)
+        axes.set(xticks=[], yticks=[])
+        axes.set_title(plain(name), fontsize=10)
+    if len(class_names) <= len(COLORS):  # more classes share colors: a legend would say nothing
+        dots = [panels[0].scatter([], [], s=30, color=COLORS[k]) for k in range(len(class_names))]
+        figure.legend(dots, list(map(plain, class_names)), loc="outside lower center", fontsize=9,
+                      ncols=min(len(class_names), 5), frameon=False)
+    figure.suptitle(plain(title), fontsize=10)
     return figure
 
 
-def reconstruction_figure(model, images, pictures, masks, mean, std, title=""):
-    """What a masked autoencoder answers: seen (the rest white), its reconstruction, and the original, a row an image.
+# --- the figures of a run -------------------------------------------------------------------------
 
-    images: normalised by `mean` and `std` (a number a channel); pictures: the same in 0..1.
-    """
-    grid = model.masking.grid
-    hidden = to_pixels(masks.maps(model.masking.N)[1][:, 0], pictures.shape[-1], grid)[:, None]  # [B, 1, H, W]
-    _, answered = mae.reconstruct(model, images, masks)
-    mean, std = (torch.tensor(part).view(-1, *[1] * len(grid)) for part in (mean, std))  # [C, 1, 1]
-    columns = [("seen", torch.where(hidden, 1.0, pictures)), ("reconstructed", (answered * std + mean).expand_as(pictures)),
-               ("original", pictures)]
-    return table([(name, by_slice(part, grid)) for name, part in columns], title)[0]
-
-
-def error_figure(model, images, pictures, generator, draws=32, title=""):
-    """Where prediction is hard: mean cosine distance of predicted and true feature for each patch, over many masks."""
-    B, N, grid = len(images), model.masking.N, model.masking.grid
-    total, count = torch.zeros(B, N), torch.zeros(B, N)
-    for _ in range(draws):
-        masks = model.masking(B, generator)
-        predicted, true = block_features(model, images, masks, model.predictor)
-        _, valid = masks.valid()  # [B, M, Nt]
-        distance = 1 - F.cosine_similarity(predicted, true, dim=-1)  # [B, M, Nt]
-        total.scatter_add_(1, masks.targets.flatten(1), (distance * valid).flatten(1))
-        count.scatter_add_(1, masks.targets.flatten(1), valid.float().flatten(1))
-    error = (total / count.clamp(min=1)).unflatten(1, grid)  # [B, rows, columns]
-    rows = by_slice(pictures, grid), by_slice(error, grid)
-    figure, axes = table([("", pair) for pair in zip(*rows)], title, cmap="magma", vmax=error.max().item())
-    add_bar(figure, axes[1], "cosine distance")
-    return figure
-
-
-# ---- where the encoder looks
-
-
-@torch.no_grad()
-def attention_weights(encoder, images):
-    """How the last block mixes the patches of normalised images: softmax weights [B, nh, N, N], queries in rows, each summing to 1."""
-    attention, inputs = encoder.blocks[-1].attention, []
-    hook = attention.register_forward_pre_hook(lambda module, given: inputs.append(given[0]))  # the fused kernel keeps no weights
-    encoder(images)
-    hook.remove()
-    q, k, _ = attention.qkv(inputs[0]).unflatten(-1, (3, attention.heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, nh, N, D/nh]
-    return (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(dim=-1)  # [B, nh, N, N]
-
-
-def attention_figure(encoder, images, pictures, title="", queries=None):
-    """Attention of the last block, averaged over heads: for each image the mean over all queries, then that of single patches.
-
-    queries: patch indices, by default three far from each other. Weights are in multiples of an even share, 1/N.
-    """
-    grid, patch = encoder.grid, encoder.patch_size
-    if queries is None:
-        shares = ((0.5, 0.2, 0.2), (0.5, 0.5, 0.5), (0.5, 0.8, 0.2))  # of layers, down and across
-        places = np.array([share[-len(grid) :] for share in shares]) * grid  # [3, axes]
-        queries = np.ravel_multi_index(places.astype(int).T, grid)  # [3]
-    weights = attention_weights(encoder, images).mean(1) * math.prod(grid)  # [B, N, N]
-    columns = [("mean of all", weights.mean(1)), *((f"from patch {query}", weights[:, query]) for query in queries)]  # maps [B, N]
-    columns = [("image", pictures), *((name, values.unflatten(1, grid)) for name, values in columns)]
-    top = torch.stack([values for _, values in columns[1:]]).quantile(0.99).item()
-    figure, axes = table([(name, by_slice(part, grid)) for name, part in columns], title, cmap="viridis", vmax=top)
-    for i, row in enumerate(axes):
-        for panel, query, colour in zip(row[2:], queries, (COLOURS[5], COLOURS[3], COLOURS[0])):
-            *layer, down, across = np.unravel_index(query, grid)
-            if layer and i % grid[0] != layer[0]:  # the patch that asks is in another slice
-                continue
-            frame(panel, (down, across), (1, 1), colour)
-            frame(row[0], (patch * down, patch * across), (patch, patch), colour)
-    add_bar(figure, axes[:, 1:], "attention (1: an even share)", shrink=0.6, extend="max")
-    return figure
-
-
-# ---- command line
+SHOWN = 6  # images in the rows of a figure
 
 
 @dataclass
 class Run:
-    """A trained run and the images that its figures show: the first SHOWN of `order` in rows, those after them as the gallery."""
+    """A run, and held-out images in random order: the first `rows` to show, the rest a gallery."""
 
     folder: Path
-    model: models.IJEPA
-    config: config.Config
-    about: dict  # what checkpoint.load_run says of its data
-    test: data.ImageDataset
-    order: torch.Tensor  # int64 [n], a random order of the test images
-    gallery_size: int
-    tsne_size: int
+    config: Config
+    about: dict
+    encoder: torch.nn.Module  # the target encoder
+    model: torch.nn.Module | None  # None, like masking, if the run is no I-JEPA
+    masking: object
+    images: data.ImageDataset
+    rows: int
     seed: int
-
-    @property
-    def rows(self):
-        """How many images the rows of a figure show; of volumes, which have a row for each slice, two."""
-        return SHOWN if self.about["axes"] == 2 else 2
+    device: torch.device
 
     @property
     def what(self):
         """Data and run, for titles."""
-        return f"{self.test.name}, {self.folder.name}{', by slice' if self.about['axes'] == 3 else ''}"
+        return f"{self.images.name}, {self.folder.resolve().name}"
 
-    def take(self, start, stop):
-        """The images from place `start` to `stop` of the order, normalised and as pictures."""
-        chosen, size = self.order[start:stop], self.config.image_size
-        return normalised(self.test, chosen, size), rgb(self.test, chosen, size)
+    def take(self, numbers):
+        """Some of its images: normalised, and as pictures."""
+        some = self.images.subset(numbers)
+        images = normalised(some, self.encoder.image_size, self.device)
+        return images, rgb(images, some)
 
-
-def predictor_figures(run, untrained, generator):
-    """Yields (file name, Figure): what is hidden from a run's model, and what its predictor makes of it."""
-    model, (images, pictures) = run.model, run.take(0, run.rows)
-    masks = model.masking(run.rows, generator)
-    yield "masks", mask_figure(pictures, masks, model.masking.grid,
-                               f"{run.what}: seen by the context encoder (the rest is white), and to be predicted (in colour)")
-    yield "coverage", coverage_figure(model.masking, generator)
-    gallery = make_gallery(model, *run.take(SHOWN, SHOWN + run.gallery_size))
-    yield "predictor_neighbours", neighbours_figure(
-        model, untrained, images, pictures, masks, gallery,
-        f"{run.what}: hidden patches filled with the nearest of {run.gallery_size:,} held-out images' patches.\n"
-        "Notice where 'all predicted' goes on with what the context shows, and what only 'true features' finds")
-    yield "moving_block", moving_block_figure(
-        model, images[:4], pictures[:4], gallery, title=f"{run.what}: one block, asked about at several places.\n"
-        "Notice how the answer changes with the place, and where the error is high")
-    yield "prediction_error", error_figure(
-        model, images, pictures, generator, title=f"{run.what}: where prediction is hard (mean of 32 masks).\n"
-        "Notice that outlines and small things are harder than plain ground")
+    def untrained_predictor(self):
+        """The predictor as it was before training."""
+        model, _ = train.build(self.config, self.about["channels"], self.about["axes"])
+        return model.predictor.to(self.device).eval()
 
 
-def decoder_figures(run, generator):
-    """Yields (file name, Figure): what a masked autoencoder makes of hidden patches."""
-    images, pictures = run.take(0, run.rows)
-    yield "reconstruction", reconstruction_figure(
-        run.model, images, pictures, run.model.masking(run.rows, generator), run.test.mean, run.test.std,
-        f"{run.what}: three quarters hidden, and the decoder's answer.\n"
-        "Each patch is given the true one's mean and contrast, which the decoder is not asked for")
-
-
-def encoder_figures(run):
-    """Yields (file name, Figure): how a run's target encoder sees single patches, and whole images."""
-    encoder, (images, pictures), size = run.model.target_encoder, run.take(0, run.rows), run.config.image_size
-    with torch.no_grad():
-        tokens = encoder(images)  # [B, N, D]
-    yield "tokens", token_figure(tokens, encoder.grid, pictures, f"{run.what}: first three principal components of the patch tokens.\n"
-                                 "Notice that alike patches get alike colours, in all images")
-    yield "attention", attention_figure(encoder, images[:4], pictures[:4], f"{run.what}: attention of the last block.\n"
-                                        "Notice how it depends on the patch that asks (framed)")
-    labels = run.test.labels
-    used = run.order[: max(SHOWN + run.gallery_size, 0 if labels is None else run.tsne_size)]
-    pooled = evaluate.features(encoder, run.test.subset(used), size, "cpu")  # [n, D]
-    found = SHOWN + nearest(pooled[:SHOWN], pooled[SHOWN : SHOWN + run.gallery_size], 7)  # [SHOWN, 7]
-    queries, matches = (rgb(run.test, run.order[numbers], size) for numbers in (slice(SHOWN), found.flatten()))
-    if run.about["axes"] == 3:
-        queries, matches = queries[:, :, size // 2], matches[:, :, size // 2]  # the middle slice
-    yield "nearest_images", nearest_images_figure(
-        queries, matches.unflatten(0, found.shape),
-        f"{run.what}: nearest of {run.gallery_size:,} held-out images by pooled target features.\nNotice what makes two images alike")
-    if labels is None:
-        print(f"left out tsne: the images of {run.test.name} have no labels to colour it by")
-        return
-    used = run.order[: run.tsne_size]
-    random = evaluate.random_encoder(run.config, run.about, torch.device("cpu"), run.seed)
-    features = {"target encoder": pooled[: run.tsne_size], "random encoder": evaluate.features(random, run.test.subset(used), size, "cpu")}
-    yield "tsne", tsne_figure(features, labels[used], run.test.class_names or [str(k) for k in range(int(labels.max()) + 1)],
-                              f"{run.what}: t-SNE of {len(used):,} held-out images' pooled features.\n"
-                              "Notice which classes come apart, if any, and whether only after training")
-
-
-def recorded(path, read):
-    """What `read` makes of the text of a file in the run's folder, None where there is no file; UsageError where it is damaged."""
+def images_to_show(config, data_dir):
+    """A run's test images; if its data has none, those held out of training, or, if there are too
+    few, those trained on. Says which."""
     try:
-        return read(path.read_text()) if path.exists() else None
-    except (ValueError, KeyError, TypeError) as error:
-        raise config.UsageError(f"{path} is damaged ({data.one_line(error)}); move it away to draw what it does not hold") from None
+        return data.load(config.dataset, "test", data_dir, config.image_size)
+    except UsageError:
+        dataset = data.load(config.dataset, config.split, data_dir, config.image_size)
+        _, held = train.hold_out(config, len(dataset))
+        kind = "held out of training" if len(held) > 2 * SHOWN else "trained on"
+        print(f"{config.dataset} has no test images: the figures show images {kind}")
+        return dataset.subset(held) if len(held) > 2 * SHOWN else dataset
 
 
-def rows_of(text):
-    """The rows of metrics.csv, dicts of strings, each with its step."""
-    return [row for row in csv.DictReader(text.splitlines()) if int(row["step"]) >= 0]
+def load(arguments):
+    """The Run that a command line asks for. Raises UsageError if it has fewer than two images."""
+    device, folder = train.pick_device(arguments.device), arguments.run
+    encoders, config, about = evaluate.load_encoders(folder, device)
+    model = masking = None
+    with contextlib.suppress(UsageError):  # no I-JEPA: MAE, for example, which has an encoder only
+        model, masking, *_ = train.load_run(folder, device)
+    images = images_to_show(config, arguments.data_dir or config.data_dir)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(arguments.seed))
+    images = images.subset(order[: arguments.images])
+    if len(images) < 2:
+        raise UsageError(f"{config.dataset} has one image to show; the figures need two or more")
+    return Run(folder, config, about, encoders["target"], model, masking, images,
+               min(SHOWN, len(images) // 2), arguments.seed, device)
 
 
-def recorded_figures(run):
-    """Yields (file name, Figure) from the files that training and evaluation left in the run's folder; says what is missing."""
-    path = run.folder / "metrics.csv"
-    if rows := recorded(path, rows_of):
+def predictor_figures(run):
+    """Yields (file name, Figure): the masks of a run, and what its predictor imagines."""
+    images, pictures = run.take(range(run.rows))
+    masks = run.masking(run.rows, torch.Generator().manual_seed(run.seed)).to(run.device)
+    yield "masks", mask_figure(
+        pictures, masks, run.masking.grid,
+        f"{run.what}: what the context encoder sees, and what is to be predicted")
+    others = range(run.rows, len(run.images))
+    yield "predictor_neighbours", neighbours_figure(
+        run.model, run.untrained_predictor(), images, pictures, masks,
+        make_gallery(run.model, *run.take(others)),
+        f"{run.what}: target blocks, filled with patches of {len(others):,} other images.\n"
+        "Does 'predicted' continue what the context shows? (White: neither seen nor predicted.)")
+
+
+def feature_figures(run):
+    """Yields (file name, Figure): a run's curves, and its features; says what is missing."""
+    if rows := complete_rows(run.folder / "metrics.csv"):
         yield "curves", curves_figure(rows, f"{run.what}: training")
     else:
-        print(f"left out curves: {path} has no rows; train for longer")
-    path = run.folder / "evaluation.json"
-    results = recorded(path, json.loads) or {"features": {}}
-    target = results["features"].get("target", {})
-    figures = [("comparison", comparison_figure, target), ("confusion", confusion_figure, "confusion" in target),
-               ("per_class", per_class_figure, "per_class" in target),
-               ("low_shot", low_shot_figure, results.get("low_shot", {}).get("per_class"))]  # empty where classes are too small
-    yield from ((name, figure(results)) for name, figure, there in figures if there)
-    missing = ", ".join(name for name, _, there in figures if not there)
-    if missing:
-        why = "does not hold them" if path.exists() else "is not there"
-        print(f"left out {missing}: {path} {why}; run python evaluate.py {run.folder}"
-              + (" --dataset NAME, with labelled data" if run.test.labels is None else ""))
+        print(f"left out curves: {run.folder / 'metrics.csv'} has no rows")
+    labels = run.images.labels
+    if labels is None:
+        print(f"left out tsne: the images of {run.images.name} have no labels to color it by")
+        return
+    encoders = {"target encoder": run.encoder,
+                "untrained encoder": evaluate.untrained_encoder(run.config, run.about, run.seed)}
+    features = {name: evaluate.features(encoder.to(run.device), run.images, encoder.image_size,
+                                        run.device) for name, encoder in encoders.items()}
+    names = run.images.class_names or list(range(int(labels.max()) + 1))
+    yield "tsne", tsne_figure(
+        features, labels, names, f"{run.what}: t-SNE of the features of {len(labels):,} images.\n"
+        "Which classes come apart, and which only after training?")
 
 
-def write_retrieval(run, untrained, generator):
-    """Write retrieval.json for the first 200 images of the gallery as queries and the others as their gallery, and print it."""
-    first, middle, last = SHOWN, SHOWN + 200, SHOWN + run.gallery_size
-    labels = [None if run.test.labels is None else run.test.labels[part] for part in (run.order[first:middle], run.order[middle:last])]
-    numbers = retrieval(run.model, untrained, run.take(first, middle)[0], labels[0], run.model.masking(200, generator),
-                        run.take(middle, last)[0], labels[1])
-    (run.folder / "figures" / "retrieval.json").write_text(json.dumps(numbers, indent=2))
-    print(json.dumps(numbers))
+def save(run, figures):
+    """Write figures, pairs of (file name, Figure), into RUN/figures and print their paths."""
+    folder = run.folder / "figures"
+    folder.mkdir(exist_ok=True)
+    for name, figure in figures:
+        figure.savefig(folder / f"{name}.png", dpi=150)
+        print(folder / f"{name}.png", flush=True)
 
 
-def images_to_show(run_config, data_dir):
-    """The run's test images; where its data has no test split, as a flat folder has none, those held out of training; says so."""
-    try:
-        return data.load(run_config.dataset, "test", data_dir, run_config.image_size)
-    except config.UsageError:
-        dataset = data.load(run_config.dataset, run_config.split, data_dir, run_config.image_size)
-        held = train.hold_out(run_config, len(dataset))[1]
-        enough = len(held) >= 250 + SHOWN
-        kind = "held out of training" if enough else "trained on"
-        print(f"{run_config.dataset} has no test images: the figures show images that were {kind}")
-        return dataset.subset(held) if enough else dataset
-
-
-def load(args):
-    """The Run that the command line asks for; raises UsageError where images are too few."""
-    model, run_config, about = checkpoint.load_run(args.run)
-    test = images_to_show(run_config, args.data_dir or run_config.data_dir)
-    if len(test) < 250 + SHOWN:
-        raise config.UsageError(f"{run_config.dataset} has {len(test)} test images; the figures need {250 + SHOWN} or more")
-    order = torch.randperm(len(test), generator=torch.Generator().manual_seed(args.seed))
-    gallery_size = min(args.images, len(test) - SHOWN)
-    return Run(args.run, model, run_config, about, test, order, gallery_size, args.tsne_images or len(test), args.seed)
-
-
-def arguments(argv):
+def parse(argv, description):
     """The command line as a namespace."""
-    parser = config.Parser(prog="predict_and_visualize.py", description="Write every figure of a run into RUN/figures.")
-    parser.add_argument("run", type=Path, metavar="RUN", help="run folder that train.py wrote")
-    parser.add_argument("--data-dir", help="folder of the data, where it is not the one the run was trained from")
-    parser.add_argument("--images", type=int, default=2000, help="held-out images in the galleries (default 2000)")
-    parser.add_argument("--tsne-images", type=int, default=TSNE_IMAGES, help=f"held-out images in t-SNE; 0 is all (default {TSNE_IMAGES})")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the images and masks shown (default 0)")
-    args = parser.parse_args(argv)
-    config.need(args, args.images >= 250, "images", "it must be 250 or more")
-    config.need(args, args.tsne_images == 0 or args.tsne_images >= 100, "tsne_images", "it must be 0 (all) or 100 or more")
-    config.need(args, 0 <= args.seed <= config.LARGEST, "seed", config.SEEDS)
-    config.need(args, args.data_dir != "", "data_dir", "it needs a name")
-    return args
+    p = command_line.Parser(description=description)
+    p.add_argument("run", type=Path, metavar="RUN", help="run folder that train.py wrote")
+    p.add_argument("--images", type=int, default=2000, help="images in t-SNE; all but the six "
+                   "shown also fill hidden patches (default 2000)")
+    p.add_argument("--data-dir", help="folder of the data, if it has moved since training")
+    p.add_argument("--seed", type=int, default=0, help="seed of images and masks (default 0)")
+    p.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
+                   help="auto is cuda where there is one, else cpu")
+    arguments = p.parse_args(argv)
+    check(arguments.images > 1, "images", arguments.images, "2 or more")
+    return arguments
 
 
 def main(argv=None):
-    """Write the figures of one run; raises UsageError for what the user can put right."""
-    run = load(arguments(argv))
-    generator, folder = torch.Generator().manual_seed(run.seed), run.folder / "figures"
-    folder.mkdir(exist_ok=True)
-    def save(figures):
-        for name, figure in figures:
-            figure.savefig(folder / f"{name}.png", dpi=130)
-            print(f"{folder / name}.png", flush=True)
-
-    if isinstance(run.model, models.IJEPA) and run.config.targets == "features":
-        with torch.random.fork_rng():
-            torch.manual_seed(run.seed)
-            untrained = methods.build(run.config, run.about["channels"], run.about["axes"]).predictor.eval()
-        save(predictor_figures(run, untrained, generator))
-        write_retrieval(run, untrained, generator)
-    elif run.config.method == "mae":
-        save(decoder_figures(run, generator))
+    """The command line: write a run's figures into its folder."""
+    run = load(parse(argv, "Draw what a run has learned, into RUN/figures."))
+    left_out = "left out masks and predictor_neighbours:"
+    if run.model is None:
+        print(f"{left_out} only I-JEPA predicts features")
+    elif run.about["axes"] == 3:
+        print(f"{left_out} for volumes run python -m extras.figures {run.folder}")
     else:
-        print(f"left out what the predictor imagines: --method {run.config.method} predicts no features")
-    save(encoder_figures(run))
-    save(recorded_figures(run))
+        save(run, predictor_figures(run))
+    save(run, feature_figures(run))
 
 
 if __name__ == "__main__":
-    config.run(main)
+    command_line.run(main)

@@ -1,36 +1,52 @@
-"""What each safeguard against collapse is worth on the embedded shapes, as JSON: `make collapse` (CPU, minutes).
+"""What each safeguard against collapse is worth on the synthetic shapes, as JSON: `make collapse`.
 
-Trains the default preset for 300 steps as it is, and with one safeguard or all taken away, and keeps what the run measured on its held-out
-images before the first step and at the end, and what it warned of.
+Trains the default preset for 300 steps as it is and with one safeguard or all of them taken away,
+and keeps what each run measured on its held-out images and what it warned of. CPU, minutes.
 """
 
 import csv
 import datetime
 import json
-import pathlib
 import platform
+import re
+import shlex
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 import torch
 
-ROOT = pathlib.Path(__file__).parents[1]
-MOMENTUM_0, NO_STOP, NO_NORM = ["--momentum", "0", "--momentum-final", "0"], ["--no-stop-gradient"], ["--no-target-norm"]
-VARIANTS = {"as it is": [], "no stop-gradient": NO_STOP, "momentum 0": MOMENTUM_0, "targets not layer-normed": NO_NORM,
-            "momentum 0, targets not layer-normed": MOMENTUM_0 + NO_NORM, "none of the three": MOMENTUM_0 + NO_STOP + NO_NORM}
-STEPS = 300
+ROOT, STEPS = Path(__file__).parents[1], 300
+ABLATION = "-m extras.ablations"
+VARIANTS = {
+    "as it is": "train.py",
+    "no stop-gradient": f"{ABLATION} no-stop-gradient",
+    "momentum 0": f"{ABLATION} momentum-0",
+    "targets not layer-normed": f"{ABLATION} no-target-norm",
+    "momentum 0, targets not layer-normed":
+        f"{ABLATION} no-target-norm --momentum 0 --momentum-final 0",
+    "none of the three": f"{ABLATION} no-safeguards",
+}
+COLUMNS = ("step", "loss", "target_std", "rank", "cosine", "mean_cosine", "knn")
 
-found = {}
-for name, flags in VARIANTS.items():
+
+def measure(program):
+    """Train a program for STEPS steps; its command, its warnings, and what it measured."""
+    command = f"{program} --max-steps {STEPS} --measurements 10"
     with tempfile.TemporaryDirectory() as folder:
-        command = ["train.py", "--max-steps", str(STEPS), "--measurements", "10", *flags]
-        run = subprocess.run([sys.executable, *command, "--out", folder], cwd=ROOT, capture_output=True, text=True, check=True)
-        rows = [row for row in csv.DictReader(open(pathlib.Path(folder) / "metrics.csv")) if row["target_std"]]
-    columns = ("step", "held_out_loss", "mean_loss", "target_std", "rank", "pairwise_cosine", "lidar", "knn")
-    warnings = sorted({line.split("warning at ")[1] for line in run.stderr.replace("\r", "\n").splitlines() if "warning at " in line})
-    found[name] = {"command": "python " + " ".join(command), "warnings": warnings,
-                   "rows": [{column: float(row[column]) for column in columns} for row in rows]}
-print(json.dumps({"what": f"{STEPS} steps of the preset shapes, seed 0", "variants": found, "command": "make collapse", "seeds": [0],
-                  "processor": platform.processor() or platform.machine(), "torch": torch.__version__, "data": "embedded shapes",
-                  "date": datetime.date.today().isoformat()}, indent=2))
+        run = subprocess.run([sys.executable, *shlex.split(command), "--out", folder], cwd=ROOT,
+                             stderr=subprocess.PIPE, text=True, check=True, stdout=sys.stderr)
+        with open(Path(folder) / "metrics.csv") as file:
+            rows = [row for row in csv.DictReader(file) if row["target_std"]]
+    return {"command": f"python {command}",
+            "warnings": sorted(set(re.findall(r"warning at (.*)", run.stderr))),
+            "rows": [{name: float(row[name]) for name in COLUMNS if row[name]} for row in rows]}
+
+
+if __name__ == "__main__":
+    print(json.dumps({
+        "what": f"{STEPS} steps of the preset shapes, seed 0", "command": "make collapse",
+        "variants": {name: measure(program) for name, program in VARIANTS.items()}, "seeds": [0],
+        "processor": platform.processor() or platform.machine(), "torch": torch.__version__,
+        "data": "synthetic shapes", "date": datetime.date.today().isoformat()}, indent=2))

@@ -1,4 +1,7 @@
-"""The README's five lines of scikit-learn with three seeds, pretrained and not: prints JSON. `python bench/digits.py`, a minute."""
+"""The lines of scikit-learn in docs/use.md with three seeds, pretrained and not; prints JSON.
+
+    python bench/digits.py > results/digits.json       a minute
+"""
 
 import datetime
 import json
@@ -13,21 +16,24 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
-from extras.estimator import IJEPATransformer  # noqa: E402 (the path has to be there first)
+from extras.estimator import IJEPATransformer  # noqa: E402
+
+SEEDS = (0, 1, 2)
 
 
 def accuracy(seed, **changes):
-    """Fraction of the last 597 digits told apart, by features of the first 1,200 and their labels."""
+    """Fraction of the last 597 digits that are told apart by the first 1,200 and their labels."""
     X, y = load_digits(return_X_y=True)
-    model = make_pipeline(IJEPATransformer(image_size=32, random_state=seed, **changes), LogisticRegression(C=100, max_iter=5000))
+    model = make_pipeline(IJEPATransformer(image_size=32, random_state=seed, **changes),
+                          LogisticRegression(C=100, max_iter=5000))
     return model.fit(X[:1200], y[:1200]).score(X[1200:], y[1200:])
 
 
 if __name__ == "__main__":
-    seeds = (0, 1, 2)
     print(json.dumps({
-        "command": "python bench/digits.py", "data": "scikit-learn's digits, 1,200 training and 597 test images", "seeds": seeds,
-        "pretrained": [accuracy(seed) for seed in seeds], "untrained": [accuracy(seed, epochs=0) for seed in seeds],
-        "processor": platform.processor() or platform.machine(), "cpus": os.cpu_count(), "torch": torch.__version__,
-        "date": datetime.date.today().isoformat(),
-    }, indent=1))
+        "command": "python bench/digits.py",
+        "data": "scikit-learn's digits, 1,200 training and 597 test images", "seeds": SEEDS,
+        "pretrained": [accuracy(seed) for seed in SEEDS],
+        "untrained": [accuracy(seed, epochs=0) for seed in SEEDS],
+        "processor": platform.processor() or platform.machine(), "cpus": os.cpu_count(),
+        "torch": torch.__version__, "date": datetime.date.today().isoformat()}, indent=1))

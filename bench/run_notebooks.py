@@ -1,10 +1,14 @@
-"""Execute the notebooks from top to bottom and keep their outputs: `make notebooks` (or name some: python bench/run_notebooks.py A.ipynb).
+"""Execute the notebooks from top to bottom and keep their outputs.
 
-What would change with every run or shows nothing on a web page is left out: execution times, and the live sliders, beside each of
-which stands a picture.
+    python bench/run_notebooks.py                         both (`make notebooks`)
+    python bench/run_notebooks.py Linear_Probe.ipynb      one
+
+Outputs that would differ in every run or that a web page cannot show are left out: execution times,
+intermediate states of progress bars, and live sliders, next to each of which stands a figure.
 """
 
 import pathlib
+import re
 import sys
 import time
 
@@ -15,22 +19,46 @@ ROOT = pathlib.Path(__file__).parents[1]
 LIVE = "application/vnd.jupyter.widget-view+json"
 
 
+def merged(outputs):
+    """Outputs with consecutive pieces of a stream joined, and of a progress bar only its end."""
+    kept = []
+    for output in outputs:
+        if LIVE in output.get("data", {}):
+            continue
+        if output.output_type == "stream" and kept and output.name == kept[-1].get("name"):
+            kept[-1].text += output.text
+        else:
+            kept.append(output)
+    for output in kept:
+        if output.output_type == "stream":  # \r returns to the start of the line
+            output.text = re.sub(r"[^\n]*\r(?!\n)(?=[^\n])", "", output.text)
+    return [output for output in kept if output.output_type != "stream" or output.text.strip()]
+
+
 def stripped(notebook):
     """The notebook without execution times, live sliders and the addresses of figures."""
     notebook.metadata.pop("widgets", None)
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
+        if "outputs" in cell:
+            cell.outputs = merged(cell.outputs)
         for output in cell.get("outputs", []):
             if "image/png" in output.get("data", {}):
                 output["data"]["text/plain"] = "<Figure>"
                 output["metadata"] = {}
-        if "outputs" in cell:
-            cell.outputs = [output for output in cell.outputs if LIVE not in output.get("data", {})]
     return notebook
 
 
-for path in [pathlib.Path(name) for name in sys.argv[1:]] or sorted(ROOT.glob("*.ipynb")):
-    start, notebook = time.perf_counter(), nbformat.read(path, as_version=4)
-    NotebookClient(notebook, timeout=3600, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}).execute()
-    nbformat.write(stripped(notebook), path)
-    print(f"{path.name}: {(time.perf_counter() - start) / 60:.1f} min, {path.stat().st_size / 1e6:.1f} MB")
+def main(paths):
+    """Execute each notebook in the repository's root and write it back."""
+    for path in paths:
+        start, notebook = time.perf_counter(), nbformat.read(path, as_version=4)
+        NotebookClient(notebook, timeout=3600, kernel_name="python3",
+                       resources={"metadata": {"path": str(ROOT)}}).execute()
+        nbformat.write(stripped(notebook), path)
+        minutes, size = (time.perf_counter() - start) / 60, path.stat().st_size / 1e6
+        print(f"{path.name}: {minutes:.1f} min, {size:.1f} MB")
+
+
+if __name__ == "__main__":
+    main([pathlib.Path(name) for name in sys.argv[1:]] or sorted(ROOT.glob("*.ipynb")))

@@ -1,336 +1,282 @@
-"""What can be read from features: linear and attentive probes, kNN precision, few labels, fine-tuning, similarity of two encoders.
+"""More of what the frozen encoder knows, and what it learns when it is not frozen.
 
-Functions of tensors; `evaluate.py` is the protocol that calls them. Everything that is tuned here is tuned on a tenth of the
-*training* images; test images are predicted once. `n` training and `m` test images, `D` features, `K` classes, `N` patches.
+    python evaluate.py RUN                           first: what follows uses its images and seed
+    python -m extras.probes RUN                      heads, few labels, precision@5, STL-10's folds
+    python -m extras.probes RUN --attentive 20       only that: an attentive probe
+    python -m extras.probes RUN --finetune 30        only that: the whole encoder on the labels
+    python -m extras.probes RUN --compare OTHER      only that: how alike two encoders are
+
+Results are printed and added to RUN/evaluation.json, all accuracies as fractions:
+    features.ROW.heads.HEAD   accuracy, held_out_accuracy, strength, converged of each head; ROW is
+                              target, context, random or pixels, HEAD one of HEADS
+    features.ROW.head, best   the head that the held-out images choose, and its test accuracy
+    features.ROW.precision@5  mean share of the 5 nearest training images with the right class
+    features.ROW.folds        STL-10 only: accuracies of ten probes on 1,000 images each
+    low_shot                  per_class: numbers of labels; full: labels of each class in the data;
+                              scores.ROW.mean, std: a list each, for target, random and pixels
+    attentive, fine_tuned     .ROW: accuracy, held_out_accuracy, rate, for target and random
+    compare.OTHER             cka, neighbor_overlap; the same of "untrained"
+Notation as in evaluate.py; L layers, N patches. What is tuned is tuned on a tenth of the training
+images; test images are predicted once.
 """
 
-import copy
-import math
+import shlex
+import statistics
+import sys
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from sklearn.metrics import confusion_matrix, f1_score
 from torch import nn
-from tqdm import tqdm
 
 import data
-from config import UsageError
+import evaluate
+import train
+from config import UsageError, check
+from evaluate import class_rank, linear_probe
+from extras.trained_heads import attentive_probe, fine_tune
+from support import command_line
+from support.results import ROWS, read_json, write_json
 
-# Weights of the squared norm beside the *mean* cross-entropy, so that one grid serves 1,000 and 50,000 images; strongest first.
-STRENGTHS = tuple(10.0**e for e in range(2, -8, -1))
-HEADS = {"last": (1, False), "last+bn": (1, True), "last4": (4, False), "last4+bn": (4, True)}  # layers, batch norm
+HEADS = {"last": (1, False), "last+bn": (1, True), "last4": (4, False), "last4+bn": (4, True)}
 LOW_SHOT = (2, 5, 10, 20, 50, 100, 200, 500)  # labelled images of each class
 
-
-# ---- which images
-
-
-def class_rank(labels, seed):
-    """Place of every image in a random order of its own class, int64 [n], and the random order of all images it came from, int64 [n]."""
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    rank = torch.empty(len(labels), dtype=torch.int64)
-    for c in labels.unique():
-        members = order[labels[order] == c]
-        rank[members] = torch.arange(len(members))
-    return rank, order
+# --- the paper's four heads -----------------------------------------------------------------------
 
 
-def held_out(labels, seed):
-    """True at a tenth of the images, the same share of every class, bool [n]. Raises UsageError where that leaves nothing to learn from."""
-    held = class_rank(labels, seed)[0] % 10 == 1  # from the second image on, so that every class is left with one to learn from
-    if not held.any() or len(labels.unique()) < 2:
-        raise UsageError(f"a probe needs two classes and two images of one, got {labels.bincount().tolist()} of each")
-    return held
+class LastLayers(nn.Module):
+    """The tokens of an Encoder's last blocks, side by side: images [B, C, H, W] -> [B, N, L*D]."""
+
+    def __init__(self, encoder, count=4):
+        super().__init__()
+        self.encoder, self.count = encoder, min(count, len(encoder.blocks))
+
+    def forward(self, images):
+        outputs = []
+        hooks = [block.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+                 for block in self.encoder.blocks[-self.count:]]
+        self.encoder(images)
+        for hook in hooks:
+            hook.remove()
+        return torch.cat([self.encoder.norm(output) for output in outputs], dim=-1)  # [B, N, L*D]
 
 
-# ---- linear probe
+def layer_features(encoder, dataset, image_size, device="cpu", count=4):
+    """`evaluate.features` of each of the last blocks, float32 [n, L, D]; [:, -1] is the last."""
+    layers = LastLayers(encoder, count)
+    x = evaluate.features(layers, dataset, image_size, device)  # [n, L*D]
+    return x.unflatten(1, (layers.count, -1))
 
 
-def standardise(train_x, test_x, batch_norm=True):
-    """Both [n, D] sets with the *training* mean removed and divided by the training deviation, float32; a constant feature becomes 0.
-
-    That is what batch norm without affine does in evaluation. Without `batch_norm` one deviation, that of all features, divides them all.
-    """
-    deviation, mean = torch.std_mean(train_x.float(), 0, correction=0)  # [D], [D]
-    # Rounding gives a constant feature a deviation of about 1e-7 of its mean; dividing by that would turn it into noise.
-    scale = torch.where(deviation > 1e-6 * mean.abs(), deviation, torch.inf)  # [D]
-    if not batch_norm:
-        scale = torch.where(scale.isinf(), scale, deviation.square().mean().sqrt())
+def one_scale(train_x, test_x):
+    """Both sets minus the training mean of each feature, divided by one deviation for all."""
+    deviation, mean = torch.std_mean(train_x, dim=0, correction=0)  # [D], [D]
+    scale = deviation.square().mean().sqrt()
     return (train_x - mean) / scale, (test_x - mean) / scale
 
 
-def principal_axes(x):
-    """Orthonormal axes [D, r] of the rows of x [n, D] and the variance along each, [r]; r = min(n, D)."""
-    n, D = x.shape
-    if n < D:  # the solution lies among the rows, so n axes are enough
-        variance, left = torch.linalg.eigh(x @ x.T / n)  # [n], [n, n]
-        return F.normalize(x.T @ left, dim=0), variance.clamp(min=0)
-    variance, axes = torch.linalg.eigh(x.T @ x / n)
-    return axes, variance.clamp(min=0)
-
-
-def fit(x, y, variance, strength, weight, bias):
-    """Weights [r, K] and biases [K] of multinomial logistic regression with strength/2 times the squared norm, started from those given.
-
-    x [n, r] lies along its principal axes. The problem is solved in units in which the loss curves about equally in every
-    direction, so that L-BFGS needs tens of steps instead of thousands; the optimum is the same.
-    """
-    unit = (0.1 * variance + strength).rsqrt()[:, None]  # [r, 1]; a probability p of .1 curves the loss by p (1 - p) variance
-    scaled, bias = (weight / unit).requires_grad_(), bias.clone().requires_grad_()
-    solver = torch.optim.LBFGS([scaled, bias], max_iter=100, history_size=20, tolerance_grad=1e-5, tolerance_change=1e-7,
-                               line_search_fn="strong_wolfe")
-
-    def loss():
-        solver.zero_grad()
-        weight = unit * scaled  # [r, K]
-        value = F.cross_entropy(x @ weight + bias, y) + strength / 2 * weight.square().sum()
-        value.backward()
-        return value
-
-    solver.step(loss)
-    return (unit * scaled).detach(), bias.detach()
-
-
-def linear_probe(train_x, train_y, test_x, test_y, seed=0, strengths=STRENGTHS, batch_norm=True):
-    """Multinomial logistic regression on frozen features: a dict with the test `accuracy`, a fraction, and the `predictions`, int64 [m].
-
-    train_x [n, D] and test_x [m, D] float, labels int64 [n] and [m], on one device. A tenth of the training images, the same share of
-    every class, chooses the strength (`strength`, `held_out_accuracy`; `at_edge`: the grid's strongest was chosen); the fit is
-    repeated on all training images, and the test set predicted once. Raises UsageError for fewer than two classes, or when no
-    class has an image to hold out. Differs from the paper's protocol (appendix A.2: SGD and a sweep of learning rates): the
-    problem is convex, so a solver needs no learning rate.
-    """
-    if len(train_x) != len(train_y) or len(test_x) != len(test_y):
-        raise ValueError(f"a label for every image expected, got {len(train_y)} for {len(train_x)} and {len(test_y)} for {len(test_x)}")
-    held = held_out(train_y.cpu(), seed).to(train_x.device)
-    train_x, test_x = standardise(train_x, test_x, batch_norm)
-    axes, variance = principal_axes(train_x)
-    train_x, test_x = train_x @ axes, test_x @ axes  # [n, r], [m, r]
-    weight = torch.zeros(axes.shape[1], int(train_y.max()) + 1, device=train_x.device)
-    bias, path = weight[0], []  # path: (held-out accuracy, strength, weights, biases)
-    for strength in sorted(strengths, reverse=True):
-        weight, bias = fit(train_x[~held], train_y[~held], variance, strength, weight, bias)
-        score = ((train_x[held] @ weight + bias).argmax(1) == train_y[held]).float().mean().item()
-        path.append((score, strength, weight, bias))
-        best = max(range(len(path)), key=lambda i: path[i][0])  # the first, so the strongest, of equals
-        if len(path) - best > 2 and score < path[best][0] > path[-2][0]:
-            break  # the last two were worse than the best: weaker strengths only overfit more
-    score, strength, weight, bias = path[best]
-    weight, bias = fit(train_x, train_y, variance, strength, weight, bias)
-    predictions = (test_x @ weight + bias).argmax(1)  # [m]
-    return {"accuracy": (predictions == test_y).float().mean().item(), "strength": strength, "held_out_accuracy": score,
-            "at_edge": best == 0, "predictions": predictions.cpu()}
-
-
-def layers(features, count):
-    """The last `count` layers' features side by side: [n, L, D] -> [n, count * D] (fewer where the encoder has fewer)."""
-    return features[:, -count:].flatten(1)
-
-
 def probe_heads(train_x, train_y, test_x, test_y, seed=0):
-    """The paper's four heads (appendix A.2) on features [n, L, D] and [m, L, D]: last layer or last four, with and without batch norm.
+    """The paper's heads (appendix A.2) on features [n, L, D] and [m, L, D]: of the last layer or of
+    the last four, with and without batch norm.
 
-    Gives name -> what `linear_probe` gives, and the name that the held-out images choose. The paper reports the best on the test set.
+    Returns name -> what linear_probe gives, and the name that the held-out images choose. Differs:
+    the paper reports the best on the test set.
     """
-    heads = {name: linear_probe(layers(train_x, count), train_y, layers(test_x, count), test_y, seed, batch_norm=norm)
-             for name, (count, norm) in HEADS.items() if count == 1 or train_x.shape[1] > 1}
-    return heads, max(heads, key=lambda name: heads[name]["held_out_accuracy"])
+    found = {}
+    for name, (count, batch_norm) in HEADS.items():
+        if count == 1 or train_x.shape[1] > 1:
+            parts = train_x[:, -count:].flatten(1), test_x[:, -count:].flatten(1)
+            x, test = parts if batch_norm else one_scale(*parts)
+            found[name] = linear_probe(x, train_y, test, test_y, seed, batch_norm=batch_norm)
+    return found, max(found, key=lambda name: found[name]["held_out_accuracy"])
 
 
-# ---- scores
-
-
-def scores(predictions, labels, K):
-    """Of predictions int64 [m]: `macro_f1`, `per_class` (accuracy of each class, K floats) and `confusion` ([K][K] counts, rows true)."""
-    confusion = torch.from_numpy(confusion_matrix(labels, predictions, labels=range(K)))
-    return {"macro_f1": float(f1_score(labels, predictions, average="macro", labels=labels.unique().tolist())),
-            "per_class": (confusion.diag() / confusion.sum(1).clamp(min=1)).tolist(), "confusion": confusion.tolist()}
+# --- other ways to read features ------------------------------------------------------------------
 
 
 @torch.no_grad()
 def retrieval_precision(train_x, train_y, test_x, test_y, k=5):
-    """Mean share, over test images, of the k training images of highest cosine that have the same class; features [n, D], [m, D]."""
+    """Mean share of the k training images of highest cosine that have the test image's class."""
     train_x = F.normalize(train_x, dim=1)
-    right = [(train_y[(F.normalize(x, dim=1) @ train_x.T).topk(k).indices] == y[:, None]).float().mean(1)  # [B]
-             for x, y in zip(test_x.split(1024), test_y.split(1024))]
+    right = [(train_y[(F.normalize(x, dim=1) @ train_x.T).topk(k).indices] == y[:, None]).float()
+             for x, y in zip(test_x.split(1024), test_y.split(1024))]  # each [B, k]
     return torch.cat(right).mean().item()
 
 
 def low_shot(train_x, train_y, test_x, test_y, counts=LOW_SHOT, draws=3):
-    """Linear probes on a few labels: mean and deviation over `draws` random choices of each count of labelled images a class.
+    """Linear probes on a few labelled images of each class, chosen at random `draws` times.
 
-    Counts of which some class has too few are left out. Gives {"per_class": counts used, "mean": [...], "std": [...]}, fractions.
+    Counts that some class does not have are left out. Returns {"per_class": counts used, "mean":
+    accuracies, "std": their deviations}.
     """
     fewest = train_y.bincount()[train_y.unique()].min().item()
     found = {"per_class": [count for count in counts if count <= fewest], "mean": [], "std": []}
     for count in found["per_class"]:
         accuracies = []
         for draw in range(draws):
-            chosen = class_rank(train_y.cpu(), draw)[0] < count
-            accuracies.append(linear_probe(train_x[chosen], train_y[chosen], test_x, test_y, draw)["accuracy"])
-        std, mean = torch.std_mean(torch.tensor(accuracies))
-        found["mean"].append(mean.item())
-        found["std"].append(std.item())
+            few = class_rank(train_y, draw) < count
+            probe = linear_probe(train_x[few], train_y[few], test_x, test_y, draw)
+            accuracies.append(probe["accuracy"])
+        found["mean"].append(statistics.mean(accuracies))
+        found["std"].append(statistics.stdev(accuracies))
     return found
 
 
-def fold_accuracies(train_x, train_y, test_x, test_y, folds):
-    """STL-10's protocol: one probe on each fold of 1,000 training images (int64 [1000] each), all on the whole test set; fractions."""
-    return [linear_probe(train_x[fold], train_y[fold], test_x, test_y)["accuracy"] for fold in folds]
-
-
-# ---- two encoders
-
-
 def linear_cka(x, y):
-    """Linear CKA (Kornblith et al. 2019), 0 to 1, of two encoders' features of the same images, [n, D1] and [n, D2]."""
-    x, y = (part.double() - part.double().mean(0) for part in (x, y))
+    """Linear CKA (Kornblith et al. 2019), 0 to 1, of two encoders' features of the same images."""
+    x, y = (part.double() - part.double().mean(dim=0) for part in (x, y))  # [n, D1], [n, D2]
     return ((x.T @ y).norm() ** 2 / ((x.T @ x).norm() * (y.T @ y).norm())).item()
 
 
 @torch.no_grad()
-def neighbour_overlap(x, y, k=10):
-    """Mean share of each image's k nearest others (cosine) that two encoders agree on; features [n, D1] and [n, D2] of the same images."""
-    def neighbours(features):
-        cosine = F.normalize(features.float(), dim=1) @ F.normalize(features.float(), dim=1).T  # [n, n]
+def neighbor_overlap(x, y, k=10):
+    """Mean share of each image's k nearest others (cosine) on which two encoders agree."""
+
+    def neighbors(part):
+        cosine = F.normalize(part, dim=1) @ F.normalize(part, dim=1).T  # [n, n]
         return cosine.fill_diagonal_(-2).topk(k).indices  # [n, k]
 
-    return (neighbours(x)[:, :, None] == neighbours(y)[:, None, :]).any(2).float().mean().item()
+    same = neighbors(x)[:, :, None] == neighbors(y)[:, None, :]  # [n, k, k]
+    return same.any(dim=2).float().mean().item()
 
 
-# ---- heads that are trained step by step
+# --- what the command adds to evaluation.json -----------------------------------------------------
 
 
-class AttentiveHead(nn.Module):
-    """One learned query attends to the patch tokens, and what it gathers is classified: tokens [B, N, D] -> logits [B, K]."""
-
-    def __init__(self, width, classes, heads=4):
-        super().__init__()
-        self.heads = heads
-        self.norm = nn.LayerNorm(width)
-        self.query = nn.Parameter(torch.randn(width) * width**-0.5)
-        self.kv = nn.Linear(width, 2 * width)
-        self.classify = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, classes))
-
-    def forward(self, tokens):
-        k, v = self.kv(self.norm(tokens)).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)  # 2 of [B, nh, N, D/nh]
-        q = self.query.view(self.heads, 1, -1).expand(len(tokens), -1, -1, -1)  # [B, nh, 1, D/nh]
-        return self.classify(F.scaled_dot_product_attention(q, k, v).flatten(1))  # [B, K]
+def score(train_x, train_y, test_x, test_y, folds, seed):
+    """What is added to a row of `features`, from features [n, L, D] and [m, L, D]."""
+    heads, chosen = probe_heads(train_x, train_y, test_x, test_y, seed)
+    for head in heads.values():
+        del head["predictions"]
+    last = train_x[:, -1], train_y, test_x[:, -1], test_y
+    found = {"heads": heads, "head": chosen, "best": heads[chosen]["accuracy"],
+             "precision@5": retrieval_precision(*last)}
+    if folds:
+        found["folds"] = [linear_probe(last[0][fold], train_y[fold], *last[2:])["accuracy"]
+                          for fold in folds]
+    return found
 
 
-class Classifier(nn.Module):
-    """An encoder with a linear head on its average-pooled tokens: images [B, C, H, W] -> logits [B, K]."""
-
-    def __init__(self, encoder, classes):
-        super().__init__()
-        self.encoder, self.norm = encoder, nn.BatchNorm1d(encoder.width, affine=False)
-        self.head = nn.Linear(encoder.width, classes)
-        nn.init.zeros_(self.head.weight)  # the first steps then move the head, not yet the features
-
-    def forward(self, images):
-        return self.head(self.norm(self.encoder(images).mean(1)))  # [B, K]
-
-
-def layer_groups(classifier, decay, weight_decay):
-    """Parameter groups of a Classifier for AdamW, each with its share of the rate as `scale`: 1 for the head, and for each layer below
-    `decay` times that of the one above (paper A.2). Biases and norms are not decayed.
-    """
-    depth, groups = len(classifier.encoder.blocks), []
-    for name, parameter in classifier.named_parameters():
-        if name.startswith("encoder.blocks."):
-            layer = int(name.split(".")[2]) + 1
-        else:
-            layer = 0 if name.startswith("encoder.patch_embed") else depth + 1
-        groups.append({"params": [parameter], "scale": decay ** (depth + 1 - layer), "weight_decay": weight_decay * (parameter.ndim > 1)})
-    return groups
-
-
-def train_head(model, groups, batches, labels, epochs, lr, smoothing, seed, description=""):
-    """Train a classifier in place: AdamW, a tenth of the steps warming up, then half a cosine; cross-entropy with label smoothing.
-
-    groups: parameters, each group with its `scale` of the rate; batches(order, size, generator) yields the inputs of the image numbers
-    `order`, `size` at a time; labels int64 [n] on the model's device.
-    """
-    generator = torch.Generator(labels.device).manual_seed(seed)
-    optimizer, size = torch.optim.AdamW(groups, lr=lr), 128
-    total, step = epochs * -(-len(labels) // size), 0
-    model.train()
-    for _ in tqdm(range(epochs), description, leave=False, disable=None):
-        order = torch.randperm(len(labels), generator=generator, device=labels.device)  # [n]
-        for inputs, part in zip(batches(order, size, generator), order.split(size)):
-            warm, done = total / 10, step / total
-            share = step / warm if step < warm else (1 + math.cos(math.pi * done)) / 2
-            for group in optimizer.param_groups:
-                group["lr"] = lr * share * group["scale"]
-            optimizer.zero_grad()
-            F.cross_entropy(model(inputs), labels[part], label_smoothing=smoothing).backward()
-            optimizer.step()
-            step += 1
-    return model.eval()
+def read_features(results, run):
+    """Heads, precision@5, folds and few labels of every row: printed, and added to the results."""
+    train_y, test_y = run.train_set.labels, run.test_set.labels
+    counts = sorted({*LOW_SHOT, run.full // 100, run.full // 10} - {0, 1})  # also 1% and 10%
+    results["low_shot"] = {"per_class": [], "full": run.full, "scores": {}}
+    for name, encoder in {**run.encoders, "pixels": None}.items():
+        x, test_x = (
+            evaluate.pixels(dataset, run.image_size)[:, None] if encoder is None else
+            layer_features(encoder, dataset, run.image_size, run.device)
+            for dataset in (run.train_set, run.test_set))
+        row = score(x, train_y, test_x, test_y, run.train_set.folds, run.seed)
+        results["features"][name].update(row)
+        print(f"{ROWS[name]:18}best head {100 * row['best']:.1f} ({row['head']}), precision@5 "
+              f"{100 * row['precision@5']:.1f}")
+        if "folds" in row:
+            print(f"{'':18}ten folds {100 * statistics.mean(row['folds']):.1f} ± "
+                  f"{100 * statistics.stdev(row['folds']):.1f}")
+        if name != "context":
+            few = low_shot(x[:, -1], train_y, test_x[:, -1], test_y, counts)
+            results["low_shot"]["per_class"] = few.pop("per_class")
+            results["low_shot"]["scores"][name] = few
+            shots = zip(results["low_shot"]["per_class"], few["mean"])
+            print(f"{'':18}labels of each class, and accuracy: "
+                  + ", ".join(f"{count} {100 * mean:.1f}" for count, mean in shots))
 
 
 @torch.no_grad()
-def predict(model, inputs):
-    """Predicted classes, int64 [m] on the CPU, for an iterable of input batches."""
-    return torch.cat([model(part).argmax(1).cpu() for part in inputs])
+def patch_tokens(encoder, dataset, image_size, device):
+    """Every image's patch tokens, float16 [n, N, D] on the device."""
+    return torch.cat([encoder(images).half()
+                      for images in data.batches(dataset, 128, image_size, device)])
 
 
-def choose_rate(train, predict, labels, seed, rates):
-    """Choose a learning rate on a tenth of the labels, then train on all: (trained model, rate, held-out accuracy).
-
-    train(image numbers, rate) gives a model, predict(model, image numbers) its classes; labels int64 [n].
-    """
-    held = held_out(labels.cpu(), seed)
-    kept, held = (part.nonzero()[:, 0] for part in (~held, held))
-    path = [((predict(train(kept, rate), held) == labels.cpu()[held]).float().mean().item(), rate) for rate in rates]
-    best, rate = max(path)
-    return train(torch.arange(len(labels)), rate), rate, best
-
-
-def attentive_probe(train_tokens, train_y, test_tokens, test_y, epochs=20, seed=0, rates=(3e-4, 1e-3, 3e-3)):
-    """An AttentiveHead on frozen patch tokens [n, N, D] and [m, N, D]: `accuracy`, `rate`, `held_out_accuracy`, `predictions`.
-
-    The learning rate is chosen on a tenth of the training images; the tokens may be half precision, on the labels' device.
-    """
-    def train(numbers, rate):
-        torch.manual_seed(seed)
-        numbers = numbers.to(train_y.device)
-        head = AttentiveHead(train_tokens.shape[-1], int(train_y.max()) + 1).to(train_y.device)
-        groups = [{"params": list(head.parameters()), "scale": 1.0, "weight_decay": 0.01}]
-        return train_head(head, groups, lambda order, size, _: (train_tokens[numbers[part]].float() for part in order.split(size)),
-                          train_y[numbers], epochs, rate, 0.0, seed, f"attentive probe, rate {rate:g}")
-
-    with torch.random.fork_rng():
-        head, rate, held = choose_rate(train, lambda head, numbers: predict(
-            head, (train_tokens[part.to(train_y.device)].float() for part in numbers.split(512))), train_y, seed, rates)
-    predictions = predict(head, (part.float() for part in test_tokens.split(512)))  # [m]
-    return {"accuracy": (predictions == test_y.cpu()).float().mean().item(), "rate": rate, "held_out_accuracy": held,
-            "predictions": predictions}
+def train_heads(results, run, args):
+    """The attentive probe and the fine-tuning that are asked for, of the target encoder and of the
+    untrained one: printed, and added to the results."""
+    for key, epochs in (("attentive", args.attentive), ("fine_tuned", args.finetune)):
+        for name in ("target", "random") if epochs else ():
+            encoder = run.encoders[name]
+            if key == "attentive":
+                tokens, test_tokens = (patch_tokens(encoder, dataset, run.image_size, run.device)
+                                       for dataset in (run.train_set, run.test_set))
+                found = attentive_probe(tokens, run.train_set.labels.to(run.device), test_tokens,
+                                        run.test_set.labels, epochs, run.seed)
+            else:
+                found = fine_tune(encoder, run.train_set, run.test_set, run.image_size, run.device,
+                                  epochs, crop_scale=run.config.crop_scale, flip=run.config.flip,
+                                  seed=run.seed)
+            kept = ("accuracy", "held_out_accuracy", "rate")
+            results.setdefault(key, {})[name] = {part: found[part] for part in kept}
+            print(f"{ROWS[name]:18}{key.replace('_', '-')} {100 * found['accuracy']:.1f}")
 
 
-def fine_tune(encoder, train_set, test_set, image_size, device, epochs=20, layer_decay=0.75, smoothing=0.1, crop_scale=(0.5, 1.0),
-              flip=True, seed=0, rates=(5e-4, 2e-3, 8e-3)):
-    """Train a copy of the encoder with a linear head on labelled ImageDatasets (paper A.2): `accuracy`, `rate`, `held_out_accuracy`,
-    `predictions`, and `model`, the trained Classifier in eval mode.
+def compare(results, run, other):
+    """How alike the target encoder is to another run's and to an untrained one, on test images."""
+    encoders, config, about = evaluate.load_encoders(other, run.device)
+    if (about["channels"], about["axes"]) != run.test_set.shape:
+        raise UsageError(f"--compare {other}: its encoder does not take images of "
+                         f"{run.test_set.name}")
+    images = run.test_set.subset(torch.arange(min(len(run.test_set), 5000)))  # [n, n] cosines
+    x = evaluate.features(run.encoders["target"], images, run.image_size, run.device)
+    for name, encoder, size in ((other, encoders["target"], config.image_size),
+                                ("untrained", run.encoders["random"], run.image_size)):
+        y = evaluate.features(encoder, images, size, run.device)
+        found = {"cka": linear_cka(x, y), "neighbor_overlap": neighbor_overlap(x, y)}
+        results.setdefault("compare", {})[name] = found
+        print(f"{name}: CKA {found['cka']:.2f}, {100 * found['neighbor_overlap']:.1f}% of the 10 "
+              "nearest images shared")
 
-    layer_decay: rate of a layer over that of the one above; smoothing: of the labels. The rate is chosen on a tenth of the
-    training images. The encoder given is left as it is.
-    """
-    labels = train_set.labels.to(device)
 
-    def train(numbers, rate):
-        torch.manual_seed(seed)
-        model = Classifier(copy.deepcopy(encoder).requires_grad_(True), int(labels.max()) + 1).to(device)
-        part = train_set.subset(numbers)
-        return train_head(model, layer_groups(model, layer_decay, 0.05), lambda order, size, generator: data.batches(
-            part, size, image_size, device, order.cpu(), generator, crop_scale, flip), labels[numbers.to(device)], epochs, rate, smoothing,
-            seed, f"fine-tuning, rate {rate:g}")
+# --- command line ---------------------------------------------------------------------------------
 
-    def classes(model, dataset):
-        return predict(model, data.batches(dataset, 512, image_size, device))
 
-    with torch.random.fork_rng():
-        model, rate, held = choose_rate(train, lambda model, numbers: classes(model, train_set.subset(numbers)), labels, seed, rates)
-    predictions = classes(model, test_set)
-    return {"accuracy": (predictions == test_set.labels).float().mean().item(), "rate": rate, "held_out_accuracy": held,
-            "predictions": predictions, "model": model}
+class Run:
+    """A run that evaluate.py has evaluated: its encoders, and the same images."""
+
+    def __init__(self, folder, results, data_dir=None, device="auto"):
+        if not results["features"]:
+            raise UsageError(f"{folder} was evaluated without labels; name labelled data with: "
+                             f"python evaluate.py {folder} --dataset")
+        self.device, self.seed = train.pick_device(device), results["seed"]
+        self.encoders, self.config, about = evaluate.load_encoders(folder, self.device)
+        self.image_size = self.config.image_size
+        untrained = evaluate.untrained_encoder(self.config, about, self.seed)
+        self.encoders["random"] = untrained.to(self.device)
+        where = data_dir or self.config.data_dir, self.image_size
+        full, test = (data.load(results["dataset"], split, *where) for split in ("train", "test"))
+        self.full = full.labels.bincount()[full.labels.unique()].min().item()
+        self.train_set = evaluate.subsample(full, results["split_sizes"]["train"], self.seed)
+        self.test_set = evaluate.subsample(test, results["split_sizes"]["test"], self.seed)
+
+
+def main(argv=None):
+    """The command line: more probes of a run, added to its evaluation.json."""
+    p = command_line.Parser(description="More probes of a run that evaluate.py has evaluated; "
+                            "without a flag: heads, few labels, precision@5.")
+    p.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    p.add_argument("--attentive", type=int, default=0, metavar="EPOCHS", help="an attentive probe")
+    p.add_argument("--finetune", type=int, default=0, metavar="EPOCHS", help="fine-tuning")
+    p.add_argument("--compare", metavar="OTHER", help="how alike another run's encoder is")
+    p.add_argument("--data-dir", help="folder of the data, if not the run's")
+    p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
+    args = p.parse_args(argv)
+    for name in ("attentive", "finetune"):
+        check(getattr(args, name) >= 0, name, getattr(args, name), "a number of epochs")
+    path = args.run / "evaluation.json"
+    if not path.exists():
+        raise UsageError(f"{path} does not exist; first: python evaluate.py {args.run}")
+    results = read_json(path)
+    run = Run(args.run, results, args.data_dir, args.device)
+    if args.attentive or args.finetune:
+        train_heads(results, run, args)
+    if args.compare:
+        compare(results, run, args.compare)
+    if not (args.attentive or args.finetune or args.compare):
+        read_features(results, run)
+    words = sys.argv[1:] if argv is None else map(str, argv)
+    results["commands"].append("python -m extras.probes " + shlex.join(words))
+    write_json(path, results)
+
+
+if __name__ == "__main__":
+    command_line.run(main)

@@ -1,198 +1,240 @@
-"""What a run leaves on disk and how it is taken up again: nothing is lost when it is stopped, killed, or short of disk.
+"""What a run leaves on disk and how it resumes: nothing is lost when it is stopped or killed.
 
-A file is written beside the old one, flushed, read back, and only then given its name. Files are read with `weights_only=True`, so that
-a checkpoint from a stranger cannot run code.
+A file is written beside the old one, flushed, read back, and only then renamed. Files are read with
+weights_only=True: a checkpoint from a stranger cannot run code.
 """
 
+import contextlib
+import json
+import math
 import os
-import pathlib
 import sys
 import time
 import warnings
 import zipfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, fields
+from pathlib import Path
 
+import filelock  # a requirement of torch
 import torch
 from tqdm import tqdm
 
-import config as settings
-import data
-from extras import methods
-from support import distributed as parallel
-from config import UsageError
+from config import Config, UsageError
+from support import distributed
 
-# Fields that may differ between a run and its continuation: they cannot change its result, or what they name is compared itself.
-FREE_ON_RESUME = ("out", "device", "workers", "checkpoint_minutes", "measurements", "deterministic", "tensorboard", "wandb", "data_dir",
-                  "dataset", "recompute", "compile")
-# What a checkpoint holds.
-PARTS = {"config": dict, "data": dict, "progress": dict, "model": dict, "optimizer": dict, "generator": torch.Tensor}
+# Settings that may differ when a run resumes: they cannot change its result.
+FREE = ("out", "device", "workers", "checkpoint_minutes", "measurements", "log_to", "data_dir",
+        "dataset", "compile")
+PARTS = {"config": dict, "data": dict, "progress": dict, "model": dict, "optimizer": dict,
+         "scaler": dict, "generator": torch.Tensor}
 
 
-@dataclass
-class Progress:
-    """How far a run has come: optimizer steps done, steps planned, seconds of training so far."""
-
-    step: int = 0
-    total: int = 0
-    seconds: float = 0.0
-
-
-# --- writing -------------------------------------------------------------------------------------------------------------
+def one_line(error):
+    """The reason an exception gives, or any text, on one line that can be printed."""
+    text = " ".join(str(error).split()).removeprefix("<urlopen error ").removesuffix(">")
+    return text.encode(errors="replace").decode() or type(error).__name__
 
 
 def write(path, save):
-    """Call save(temporary path), flush to disk, rename: a reader finds the old file or the new one, never half of one.
+    """Call save(temporary path), flush to disk, rename: a reader sees the old file or the new one.
 
-    Raises UsageError, the old file left as it was, where the disk is full or the folder cannot be written to.
+    Raises UsageError, with the old file kept, if the disk is full or the folder not writable.
     """
-    path = pathlib.Path(path)
+    path = Path(path)
     temporary = path.with_suffix(path.suffix + ".tmp")
     try:
         save(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        if path.suffix == ".pt" and (damaged := zipfile.ZipFile(temporary).testzip()):  # each part has a checksum
-            raise OSError(f"what was read back of {damaged} is not what was written")
+        if path.suffix == ".pt" and (damaged := zipfile.ZipFile(temporary).testzip()):
+            raise OSError(f"{damaged} reads back differently")  # each part has a checksum
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY) if hasattr(os, "O_DIRECTORY") else None  # Windows opens no folders
-        if folder is not None:
+        if hasattr(os, "O_DIRECTORY"):  # Windows opens no folders
+            folder = os.open(path.parent, os.O_RDONLY)
             os.fsync(folder)  # the new name, too, is on disk
             os.close(folder)
-    except (OSError, RuntimeError, zipfile.BadZipFile) as error:  # torch turns a full disk into a RuntimeError
-        temporary.unlink(missing_ok=True)
+    except (OSError, RuntimeError, zipfile.BadZipFile) as error:  # RuntimeError: torch's full disk
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         kept = "; what it held before is kept" if path.exists() else ""
-        why = data.one_line(error)[:200]
-        raise UsageError(f"{path} cannot be written ({why}){kept}; free some disk, or choose another --out") from None
+        raise UsageError(f"{path} cannot be written ({one_line(error)[:200]}){kept}; free some disk"
+                         " space, or choose another folder") from None
 
 
-def torch_generator(device):
-    """The module of torch with get_rng_state and set_rng_state of a device."""
-    return {"cuda": torch.cuda, "mps": torch.mps}.get(device.type, torch)
+@contextlib.contextmanager
+def open_folder(config, resume):
+    """Within `with`, the run folder of a Config is this run's alone; writes config.json.
 
-
-def save_checkpoint(folder, config, model, optimizer, generator, progress, about):
-    """Write checkpoint.pt, with everything the run needs to go on as if it had not stopped, and encoder.pt, its result.
-
-    The place in the data follows from the step and the seed; crops and masks come from the one generator, which blocks stochastic depth
-    skips from torch's own.
+    Raises UsageError if it holds a run already, or if another process is writing into it. The
+    operating system frees the lock when a process ends, whatever ends it.
     """
-    about = {**about, "device": generator.device.type}
-    checkpoint = {
-        "config": asdict(config), "data": about, "progress": asdict(progress), "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(), "generator": generator.get_state(),
-        "torch_generator": torch_generator(generator.device).get_rng_state(),
-    }
-    write(folder / "checkpoint.pt", lambda path: torch.save(checkpoint, path))
-    encoder = {"config": asdict(config), "data": about, "encoder": model.target_encoder.state_dict()}
-    write(folder / "encoder.pt", lambda path: torch.save(encoder, path))
+    folder = Path(config.out)
+    if not distributed.is_first():
+        yield folder
+        return
+    if not resume and (folder / "checkpoint.pt").exists():
+        raise UsageError(f"--out {folder} already holds a run; resume it with --resume, or choose "
+                         "another --out")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(folder / ".lock")
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise UsageError(f"another process is writing into --out {folder}; wait for it, or choose "
+                         "another --out") from None
+    except OSError as error:
+        raise UsageError(f"--out {folder} cannot be written to ({one_line(error)})") from None
+    with lock:
+        text = json.dumps(asdict(config), indent=2)
+        write(folder / "config.json", lambda path: path.write_text(text))
+        try:
+            yield folder
+        finally:
+            lock.release(force=True)
 
 
-class Saver:
-    """Saves a run every `checkpoint_minutes`, or more rarely where that would take more than a fiftieth of the time.
+def read(path):
+    """The dict in a file of torch.save, on the CPU; UsageError if there is none to be read."""
+    try:
+        with warnings.catch_warnings():  # torch's thoughts about a strange file help nobody
+            warnings.simplefilter("ignore")
+            return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:  # torch raises many kinds for a damaged or an unsafe file
+        if isinstance(error, FileNotFoundError):
+            raise UsageError(f"{path} does not exist") from None
+        known = isinstance(error, OSError)
+        why = one_line(error) if known else "damaged, or not written by train.py"
+        raise UsageError(f"{path} cannot be read ({why})") from None
 
-    `step`: the optimizer step that checkpoint.pt on disk holds, None where there is none. Of several processes only the first saves.
+
+def load(folder):
+    """A run folder's checkpoint: its Config, a dict about its data and progress, and all its state.
+
+    Raises UsageError if there is none, if it is damaged, or if an older version wrote it.
+    """
+    path = Path(folder) / "checkpoint.pt"
+    if not path.exists():
+        raise UsageError(f"{folder} holds no checkpoint.pt; train with: python train.py --out "
+                         f"{folder}")
+    state = read(path)
+    if not all(isinstance(state.get(name), kind) for name, kind in PARTS.items()):
+        raise UsageError(f"{path} is not a checkpoint of this version of train.py; train again")
+    about = {**state["data"], "progress": state["progress"]}
+    return config_from(state["config"], path), about, state
+
+
+def config_from(values, path):
+    """The Config that `dataclasses.asdict` wrote; settings that no longer exist are left out."""
+    known = {f.name: values[f.name] for f in fields(Config) if f.name in values}
+    try:
+        return Config(**{name: tuple(value) if isinstance(value, list) else value
+                         for name, value in known.items()})
+    except TypeError:
+        raise UsageError(f"{path} holds no settings") from None
+
+
+def load_weights(module, weights, where):
+    """Load a state dict; UsageError if its names or shapes are not those of the module."""
+    try:
+        module.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UsageError(f"the weights in {where} do not fit ({one_line(error)[:200]})") from None
+
+
+class Run:
+    """A run while it trains: what a checkpoint holds, how far it has come, when it was saved.
+
+    step and total count optimizer steps; saved is the step of the checkpoint on disk, or None. All
+    crops and masks come from `generator`, which is on the CPU: they are the same on every device.
     """
 
-    def __init__(self, *run):
-        self.run, self.last, self.cost = run, time.perf_counter(), 0.0
-        self.step = run[5].step or None
+    def __init__(self, folder, config, model, optimizer, scaler, device, about):
+        self.folder, self.config, self.model, self.device = folder, config, model, device
+        self.optimizer, self.scaler, self.about = optimizer, scaler, about
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.step, self.total, self.saved = 0, 0, None
+        self.start(0.0)
 
-    def save(self):
-        """Save now, unless a weight is no number: what is on disk is then better. Raises UsageError where the disk will not take it."""
-        folder, config, model, optimizer, generator, progress, about = self.run
-        if not parallel.first() or not all(p.isfinite().all() for p in model.parameters()):
+    def start(self, seconds):
+        """Start the clock, with the seconds that the run has trained before."""
+        self.began, self.first_step, self.before = time.perf_counter(), self.step, seconds
+        self.last_save, self.cost = self.began, 0.0
+
+    def seconds(self):
+        """Seconds of training so far, those before a resume included."""
+        return self.before + time.perf_counter() - self.began
+
+    def rate(self):
+        """Optimizer steps per second since the run started or resumed."""
+        return (self.step - self.first_step) / (time.perf_counter() - self.began)
+
+    def is_due(self):
+        """Whether it is time to save; saving takes a fiftieth of the time at most."""
+        wait = max(60 * self.config.checkpoint_minutes, 50 * self.cost)
+        return time.perf_counter() - self.last_save > wait
+
+    def diverged(self, what):
+        """The UsageError of a run whose loss or weights are NaN or infinite."""
+        advice = f"a lower --lr (now {self.config.lr:g}) or --clip-grad 1"
+        kept = f"nothing was saved yet; start again with {advice}"
+        if self.saved is not None:
+            kept = (f"{self.folder} keeps the checkpoint of step {self.saved}; resume it with "
+                    f"--resume --override and {advice}")
+        return UsageError(f"{what} at step {self.step}; {kept}")
+
+    def save(self, final=False):
+        """Write checkpoint.pt and encoder.pt; a checkpoint never holds NaN.
+
+        A disk that is full may be put right while the run continues: until the final save there is
+        only a warning.
+        """
+        if not distributed.is_first():
             return
         start = time.perf_counter()
-        save_checkpoint(folder, config, model, optimizer, generator, progress, about)
-        self.step, self.last = progress.step, time.perf_counter()
-        self.cost = self.last - start
-
-    def save_if_due(self):
-        """Save if it is time. A full disk may be put right while the run goes on, so it is only warned of."""
-        _, config, *_, progress, _ = self.run
-        if time.perf_counter() - self.last < max(60 * config.checkpoint_minutes, 50 * self.cost):
-            return
+        if not all(p.isfinite().all() for p in self.model.parameters()):
+            raise self.diverged("the weights are NaN or infinite")
+        shared = {"config": asdict(self.config), "data": self.about}
+        progress = {"step": self.step, "total": self.total, "seconds": self.seconds()}
+        checkpoint = {
+            **shared, "progress": progress, "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
+            "generator": self.generator.get_state()}
+        encoder = {**shared, "encoder": self.model.target_encoder.state_dict()}
         try:
-            self.save()
+            write(self.folder / "checkpoint.pt", lambda path: torch.save(checkpoint, path))
+            write(self.folder / "encoder.pt", lambda path: torch.save(encoder, path))
+            self.saved = self.step
         except UsageError as error:
-            self.last = time.perf_counter()
-            again = f"tried again in {config.checkpoint_minutes:g} minutes"
-            tqdm.write(f"warning at step {progress.step:,}: {error}; {again}", file=sys.stderr)
+            if final:
+                raise
+            tqdm.write(f"warning at step {self.step}: {error}", file=sys.stderr)
+        self.last_save = time.perf_counter()
+        self.cost = self.last_save - start
 
+    def restore(self, override=False):
+        """Load checkpoint.pt, so that the run resumes as if it had not stopped.
 
-# --- reading -------------------------------------------------------------------------------------------------------------
-
-
-def load_checkpoint(folder, device):
-    """The dict that save_checkpoint wrote. Raises UsageError where there is none or it cannot be read."""
-    path = pathlib.Path(folder) / "checkpoint.pt"
-    if not path.exists():
-        raise UsageError(f"{folder} holds no checkpoint.pt; train with `python train.py --out {folder}` first")
-    try:
-        with warnings.catch_warnings():  # what torch thinks of a strange file is no help to whoever gave it
-            warnings.simplefilter("ignore")
-            checkpoint = dict(torch.load(path, map_location=device, weights_only=True))
-        if not all(isinstance(checkpoint[name], kind) for name, kind in PARTS.items()):
-            raise TypeError
-        return checkpoint
-    except Exception as error:  # torch raises many kinds for a damaged or an unsafe file
-        why = data.one_line(error) if isinstance(error, OSError) else "it is damaged, or no checkpoint that train.py wrote"
-        raise UsageError(f"{path} cannot be read ({why}); train again with another --out") from error
-
-
-def load_run(folder, device="cpu"):
-    """A finished or unfinished run, ready to use: the model in eval mode, its Config, and a dict with "name", "channels", "axes" and
-    "classes" of its data and its "progress" (step, total, seconds)."""
-    checkpoint = load_checkpoint(folder, device)
-    config, about = settings.from_dict(checkpoint["config"]), {**checkpoint["data"], "progress": checkpoint["progress"]}
-    try:
-        model = methods.build(config, about["channels"], about["axes"], about["classes"]).to(device)
-        model.load_state_dict(checkpoint["model"])
-    except (KeyError, RuntimeError):
-        raise UsageError(f"{folder} holds weights that are not those of its settings; train again with another --out") from None
-    return model.eval(), config, about
-
-
-# --- going on ------------------------------------------------------------------------------------------------------------
-
-
-def resumed_config(arguments):
-    """The Config of the run in --out, with the flags given now in place of its own; `restore` compares the two."""
-    stored = load_checkpoint(arguments.out, "cpu")["config"]
-    return settings.from_dict({**stored, **settings.given(arguments)})
-
-
-def restore(folder, config, device, model, optimizer, generator, about, override=False):
-    """Load checkpoint.pt into what is given and return its Progress.
-
-    Raises UsageError, naming what differs, where settings, data or device are not the run's, unless `override`; and where the weights
-    do not fit.
-    """
-    checkpoint = load_checkpoint(folder, device)
-    was, settings_then, settings_now = checkpoint["data"], asdict(settings.from_dict(checkpoint["config"])), asdict(config)
-    changed = [name for name, value in settings_now.items() if name not in FREE_ON_RESUME and value != settings_then[name]]
-    if changed and not override:
-        raise UsageError(f"cannot resume {folder} with other settings: " + "; ".join(
-            f"--{name.replace('_', '-')} was {settings_then[name]}, now {settings_now[name]}" for name in changed)
-            + " (--override does it all the same)")
-    if was["device"] != device.type and not override:  # another generator draws other crops and masks
-        raise UsageError(f"{folder} was trained on {was['device']} and can only go on there, but this is {device.type}; "
-                         "use --device, or that machine, or --override")
-    differs = [f"{name} (was {was[name]}, is {value})" for name, value in about.items() if was[name] != value]
-    if differs and not override:
-        raise UsageError(f"the data is not what {folder} was trained on; these differ: {', '.join(differs)} "
-                         "(--override goes on all the same)")
-    try:
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-    except (RuntimeError, ValueError):
-        raise UsageError(f"the weights of {folder} do not fit these settings: --method, --targets, --encoder, --predictor, --patch-size "
-                         "and --optimizer must be the run's") from None
-    if was["device"] == device.type:
-        generator.set_state(checkpoint["generator"].cpu())
-        if "torch_generator" in checkpoint:  # files from before stochastic depth have none
-            torch_generator(device).set_rng_state(checkpoint["torch_generator"].cpu())
-    progress = Progress(**checkpoint["progress"])
-    if override:
-        progress.total = 0  # planned anew
-    return progress
+        Raises UsageError, naming what differs, if settings or data are not the run's, unless
+        `override`; and if the weights do not fit.
+        """
+        then, about, state = load(self.folder)
+        differs = [f"--{f.name.replace('_', '-')} was {getattr(then, f.name)}, now {now}"
+                   for f in fields(Config) if f.name not in FREE
+                   and (now := getattr(self.config, f.name)) != getattr(then, f.name)]
+        differs += [f"its {name} was {about[name]}, now {now}"
+                    for name, now in self.about.items() if about.get(name, now) != now]
+        if differs and not override:
+            raise UsageError(f"cannot resume {self.folder}: {'; '.join(differs)} (--override "
+                             "resumes all the same)")
+        load_weights(self.model, state["model"], self.folder)
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+        except ValueError as error:
+            raise UsageError(f"cannot resume {self.folder}: {one_line(error)}") from None
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        self.generator.set_state(state["generator"])
+        self.step = self.saved = about["progress"]["step"]
+        if not math.isfinite(self.step):
+            raise UsageError(f"{self.folder} holds a damaged checkpoint")
+        self.start(about["progress"]["seconds"])

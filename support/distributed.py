@@ -1,15 +1,13 @@
-"""More than one process: `torchrun --nproc_per_node=2 train.py ...`. One process is a team of one, and nothing here costs it anything.
+"""Several processes: `torchrun --nproc_per_node=2 train.py ...`, with DistributedDataParallel.
 
-The processes share each batch: `--batch-size` is what all of them see together, so that a run's result does not depend on how many there
-are. Every process draws the crops and masks of the whole batch from the same generator and keeps its own rows; DistributedDataParallel
-averages the gradients. Only the first process writes.
+The processes share each batch: --batch-size is what all of them see together, so the result does
+not depend on how many there are. Each draws the crops and masks of the whole batch from the same
+generator and keeps its own rows. Only the first process writes. Outside torchrun there is one.
 """
 
 import contextlib
 import itertools
 import os
-import socket
-import tempfile
 from datetime import timedelta
 
 import torch
@@ -17,155 +15,120 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-import data
 from config import UsageError
 
-TEAMS = itertools.count()  # teams made so far by this process
+TEAMS = itertools.count()  # numbers the teams that this process has been part of
 
 
 def place():
-    """(number of this process, how many there are): (0, 1) outside of torchrun."""
+    """(number of this process, how many there are)."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def first():
+def is_first():
     """Whether this process is the one that writes and prints."""
     return place()[0] == 0
 
 
-def local():
-    """This process's number on its machine, which is also that of its GPU; 0 outside of torchrun."""
-    return int(os.environ.get("LOCAL_RANK", 0))
+def was_restarted():
+    """Whether torchrun started this process again, because one was lost (--max-restarts)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+def own(device):
+    """This process's GPU of those of its machine; any other device as it is."""
+    number = int(os.environ.get("LOCAL_RANK", 0))
+    if device.type != "cuda" or int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return device
+    if number >= torch.cuda.device_count():
+        raise UsageError(f"torchrun started process {number + 1} on a machine with "
+                         f"{torch.cuda.device_count()} GPUs: lower --nproc_per_node")
+    return torch.device("cuda", number)
 
 
 @contextlib.contextmanager
 def team(device):
-    """Within `with`, the processes that torchrun started are in touch: GPUs by nccl, their hosts by gloo."""
+    """Within `with`, the processes that torchrun started can talk: GPUs by nccl, hosts by gloo."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         yield
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    # A prefix of its own: after a restart the store still has the addresses of the processes before.
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    # A prefix of its own: the store still has the addresses of an earlier team, or of processes
+    # that were lost and restarted.
     store, rank, world = next(dist.rendezvous("env://"))
-    store = dist.PrefixStore(f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}-{next(TEAMS)}", store)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30), store=store,
-                            rank=rank, world_size=world)
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+    store = dist.PrefixStore(f"{restarts}-{next(TEAMS)}", store)
+    dist.init_process_group(backend, timeout=timedelta(minutes=30), store=store, rank=rank,
+                            world_size=world)
     try:
         yield
     finally:
         dist.destroy_process_group()
 
 
-def restarted():
-    """Whether torchrun started this process again because one of its team was lost (--max-restarts)."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-
-
-# --- what all must agree on ----------------------------------------------------------------------------------------------
-
-
-def any_of(flag):
-    """Whether the flag is set in any process. Hosts ask each other here; no GPU is waited for."""
+def any_of(*flags):
+    """Whether each flag is set in any process, a list; asked between hosts, so no GPU waits."""
     if place()[1] == 1:
-        return flag
-    flags = torch.tensor([float(flag)])
-    dist.all_reduce(flags, dist.ReduceOp.MAX)
-    return bool(flags.item())
-
-
-def from_first(value):
-    """The first process's value (any object that can be pickled), in every process."""
-    if place()[1] == 1:
-        return value
-    values = [value]
-    dist.broadcast_object_list(values, 0)
-    return values[0]
+        return list(flags)
+    shared = torch.tensor(flags, dtype=torch.float32)
+    dist.all_reduce(shared, dist.ReduceOp.MAX)
+    return shared.bool().tolist()
 
 
 def mean(value):
-    """The mean over the processes of a scalar tensor, as a float."""
+    """The mean of a scalar tensor over the processes, a float; waits for the device."""
     value = value.detach().float().clone()
     if place()[1] > 1:
         dist.all_reduce(value)
     return value.item() / place()[1]
 
 
-# --- data: read from disk once a machine ---------------------------------------------------------------------------------
-
-
-def load(*arguments):
-    """data.load(*arguments), read by one process of each machine; the others map the same memory.
-
-    Images that are too many for memory are listed once too, and each process decodes only its own.
-    """
-    if place()[1] == 1:
-        return data.load(*arguments)
-    folder = "/dev/shm" if os.access("/dev/shm", os.W_OK) else tempfile.gettempdir()
-    path = os.path.join(folder, f"ijepa-{socket.gethostname()}-{os.getppid()}.pt")  # torchrun is the parent of all on a machine
-    problem = None
-    if local() == 0:
-        try:
-            dataset = data.load(*arguments)
-            with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-                torch.save(vars(dataset) if isinstance(dataset.images, torch.Tensor) else {"lazy": True}, file)
-        except UsageError as error:
-            problem = error
-    if any_of(problem is not None):
-        raise problem or UsageError("the data could not be read by another process of this run")
-    if local() != 0:
-        content = torch.load(path, mmap=True, weights_only=True)
-        dataset = data.load(*arguments) if "lazy" in content else data.ImageDataset(**content)
-    any_of(False)  # everyone has mapped it: its name can go, its memory stays until the last process ends
-    if local() == 0:
-        os.remove(path)
-    return dataset
-
-
-# --- the model -----------------------------------------------------------------------------------------------------------
-
-
 class Share(nn.Module):
-    """A model that is shown this process's rows of the global batch, with a loss whose mean over the processes is the whole batch's.
+    """A model that takes its own rows of the whole batch's masks (or labels).
 
-    Its `forward` draws the masks of the whole batch and takes its own. The blocks of one share hold a few patches more than another's,
-    so a plain mean of means would not be the mean over all target patches: each share is weighted by its number of them.
-
-    compiled: what the model does with images and masks becomes one graph of torch.compile. The masks are drawn outside of it, for a graph
-    holds no torch.Generator; the model itself stays as it is for whoever else calls it, and so do the names of its weights.
+    The loss is weighted so that its mean over the processes is that of the whole batch: the mean
+    over all target patches, of which some processes' images have more than others'.
     """
 
-    def __init__(self, model, compiled=False):
+    def __init__(self, model):
         super().__init__()
         self.model = model
-        self.run = torch.compile(model.forward, fullgraph=True) if compiled else model
 
-    def forward(self, images, *labels, generator):
-        if not hasattr(self.model, "masking"):
-            return self.run(images, *labels)  # supervision: every share has as many images
+    def forward(self, images, masks):
         rank, world = place()
-        whole = self.model.masking(len(images) * world, generator)
-        masks = whole.share(rank, world)
-        output = self.run(images, masks)
-        if whole.targets_valid is not None:
-            output = output._replace(loss=output.loss * world * masks.targets_valid.sum() / whole.targets_valid.sum())
+        if len(masks) != world * len(images):
+            raise UsageError(f"--batch-size is {len(masks)}, expected a multiple of the {world} "
+                             "processes that share it")
+        own = masks[rank * len(images) : (rank + 1) * len(images)]
+        output = self.model(images, own)
+        if hasattr(masks, "targets_valid"):
+            share = own.targets_valid.sum() / masks.targets_valid.sum()
+            output = output._replace(loss=output.loss * world * share)
         return output
-
-    def update_target(self, momentum):
-        """The target encoder follows."""
-        self.model.update_target(momentum)
 
 
 class Parallel(DistributedDataParallel):
-    """DistributedDataParallel of a model's Share, with the `update_target` that train_step calls."""
+    """DistributedDataParallel with the `update_target` that train_step calls."""
 
     def update_target(self, momentum):
-        """The target encoder follows; every process does the same, so nothing need be sent."""
-        self.module.update_target(momentum)
+        """The target encoder follows, in every process alike: nothing needs to be sent."""
+        self.module.model.update_target(momentum)
 
 
 def wrap(model, compiled=False):
-    """What trains a model: the model itself, its Share where it is compiled, or a Parallel of that where there are several processes."""
-    if place()[1] > 1:
-        return Parallel(Share(model, compiled))
-    return Share(model, compiled) if compiled else model
+    """What trains a model: the model, compiled if asked; among several processes a Parallel."""
+    world = place()[1]
+    if world > 1:
+        learner = Parallel(Share(model))
+        learner.broadcast_buffers = False  # positions: constants
+        return torch.compile(learner) if compiled else learner
+    return torch.compile(model) if compiled else model
+
+
+def reduce_if(model, last):
+    """Within `with`, processes average their gradients only if this pass is a step's last."""
+    if last or not hasattr(model, "no_sync"):
+        return contextlib.nullcontext()
+    return model.no_sync()

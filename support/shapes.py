@@ -1,8 +1,9 @@
-"""Embedded images: ten kinds of shape, drawn on the fly, so that the whole method runs in minutes without a download.
+"""Synthetic images: ten kinds of shape, to run the whole method in minutes without a download.
 
-Every image has one shape at a random place, size and angle, its colour and its background's drawn from the same
-distribution, both mottled, with noise on top. All kinds have about the same area. So the mean image of every kind is the same:
-no pixel, no colour and no amount of colour tells the kind, only the outline does.
+Every image has one shape at a random position, size and angle. The colors of shape and background
+come from the same distribution; both are mottled, with noise on top. All kinds have about the same
+area. So the mean image of every kind is the same: no pixel, no color and no amount of color tells
+the kind, only the outline does.
 """
 
 import math
@@ -31,13 +32,15 @@ def triangle(u, v):
 
 
 def star(u, v):
-    """Five points, outer radius 1.5, inner .64: fold the plane into one tenth, then the distance to one edge."""
+    """Five points, outer radius 1.5, inner .64: the distance to one edge, the plane being folded
+    into one tenth."""
     sector = math.pi / 5
-    angle = ((torch.atan2(v, u) % (2 * sector)) - sector).abs()  # 0 in the valley between two points, `sector` at a point
+    angle = ((torch.atan2(v, u) % (2 * sector)) - sector).abs()  # 0 at a valley, most at a point
     radius = torch.hypot(u, v)
     valley, point = (0.64, 0.0), (1.5 * math.cos(sector), 1.5 * math.sin(sector))
     along = (point[0] - valley[0], point[1] - valley[1])
-    across = radius * torch.cos(angle) * along[1] - radius * torch.sin(angle) * along[0] - valley[0] * along[1]
+    across = (radius * torch.cos(angle) * along[1] - radius * torch.sin(angle) * along[0]
+              - valley[0] * along[1])
     return across / math.hypot(*along)
 
 
@@ -73,41 +76,46 @@ def to_rgb(hue, saturation, value):
 
 
 def draw(labels, generator, size=SIZE):
-    """Draw one image for each label: labels int64 [n] -> uint8 [n, 3, size, size], determined by the generator's seed."""
+    """Draw one image for each label: int64 [n] -> uint8 [n, 3, size, size]."""
     n = len(labels)
 
     def uniform(low, high, *shape):
         return low + (high - low) * torch.rand(n, *shape, generator=generator)
 
-    line = (torch.arange(size) + 0.5) / size  # pixel centres, 0..1
+    line = (torch.arange(size) + 0.5) / size  # pixel centers, 0..1
     y, x = torch.meshgrid(line, line, indexing="ij")  # [size, size]
     radius = uniform(0.38, 0.46, 1, 1)
     angle = uniform(0, 2 * math.pi, 1, 1)
     dx, dy = x - uniform(0.42, 0.58, 1, 1), y - uniform(0.42, 0.58, 1, 1)  # [n, size, size]
-    u, v = (angle.cos() * dx + angle.sin() * dy) / radius, (angle.cos() * dy - angle.sin() * dx) / radius
+    u = (angle.cos() * dx + angle.sin() * dy) / radius
+    v = (angle.cos() * dy - angle.sin() * dx) / radius
     distance = torch.empty(n, size, size)
     for kind, outline in enumerate(KINDS):
         chosen = labels == kind
         distance[chosen] = outline(u[chosen], v[chosen])
-    inside = (0.5 - distance * radius * size).clamp(0, 1)[:, None]  # [n, 1, size, size], one pixel of soft edge
+    inside = (0.5 - distance * radius * size).clamp(0, 1)[:, None]  # [n, 1, size, size], soft edge
 
     hue = uniform(0, 1)
-    layers = []
-    for layer_hue in (hue, hue + uniform(0.25, 0.75)):  # background, shape: hues at least a quarter turn apart
-        colour = to_rgb(layer_hue % 1, uniform(0.5, 1.0), uniform(0.45, 0.95))[..., None, None]  # [n, 3, 1, 1]
-        # Blotches of four pixels: a texture that no part of the image foretells, so there is nothing in it to predict.
-        blotches = F.interpolate(torch.randn(n, 1, size // 4, size // 4, generator=generator), size=size, mode="bilinear")
-        layers.append(colour * (1 + uniform(0.05, 0.2, 1, 1, 1) * blotches))  # [n, 3, size, size]
+    layers = []  # background and shape: hues at least a quarter turn apart
+    for layer_hue in (hue, hue + uniform(0.25, 0.75)):
+        color = to_rgb(layer_hue % 1, uniform(0.5, 1.0), uniform(0.45, 0.95))[..., None, None]
+        # Blotches of four pixels: no part of the image foretells them, so there is nothing in them
+        # to predict.
+        blotches = torch.randn(n, 1, size // 4, size // 4, generator=generator)
+        blotches = F.interpolate(blotches, size=size, mode="bilinear")
+        layers.append(color * (1 + uniform(0.05, 0.2, 1, 1, 1) * blotches))  # [n, 3, size, size]
     background, shape = layers
-    image = background + (shape - background) * inside + 0.04 * torch.randn(n, 3, size, size, generator=generator)
+    noise = 0.04 * torch.randn(n, 3, size, size, generator=generator)
+    image = background + (shape - background) * inside + noise
     return (image.clamp(0, 1) * 255).to(torch.uint8)
 
 
 def make(split, chunk=1000):
-    """The images of a split: uint8 [n, 3, 24, 24], labels int64 [n], names of the kinds. The same in every run on one kind of machine."""
+    """A split: uint8 [n, 3, 24, 24], labels int64 [n], names of the kinds; always the same."""
     images, labels = [], []
-    for number in range(COUNT[split] // chunk):  # a seed for each chunk, so that no split shares an image with another
-        generator = torch.Generator().manual_seed(list(COUNT).index(split) * 1_000_000 + number)
+    for number in range(COUNT[split] // chunk):  # a seed for each chunk: the splits share no image
+        seed = list(COUNT).index(split) * 1_000_000 + number
         labels.append(torch.arange(chunk) % len(KINDS))  # classes in turn; training shuffles
-        images.append(draw(labels[-1], generator))
-    return torch.cat(images), torch.cat(labels), [kind.__name__.replace("_", " ") for kind in KINDS]
+        images.append(draw(labels[-1], torch.Generator().manual_seed(seed)))
+    names = [kind.__name__.replace("_", " ") for kind in KINDS]
+    return torch.cat(images), torch.cat(labels), names

@@ -1,4 +1,4 @@
-"""What the README shows of the modules' use, run as it is worded: features, fine-tuning, one's own loop, Lightning, one's own encoder."""
+"""The Python of docs/use.md, run as it stands: features, fine-tuning, bare loop, Lightning, timm."""
 
 import math
 import os
@@ -16,11 +16,11 @@ from torch import nn
 
 import config
 import data
-from support import folder
 import train
+from support import folder
 from test_readme import snippets
 
-MOMENTUM = 0.996  # the README's
+MOMENTUM = 0.996  # the page's
 
 
 def run(code, names=None):
@@ -35,20 +35,20 @@ def ema(target, context):
     return [MOMENTUM * t + (1 - MOMENTUM) * c for t, c in zip(target, context)]
 
 
-def equal(first, second, **tolerance):
+def equal(first, second, atol=0.0):
     """Whether two lists of tensors agree, to the bit where no tolerance is given."""
-    return all(torch.allclose(a, b, **{"rtol": 0, "atol": 0, **tolerance}) for a, b in zip(first, second, strict=True))
+    return all(torch.allclose(a, b, rtol=0, atol=atol) for a, b in zip(first, second, strict=True))
 
 
 def copies(module):
     return [p.detach().clone() for p in module.parameters()]
 
 
-# --- five lines ------------------------------------------------------------------------------------------------------------
+# --- a run on a folder of images ------------------------------------------------------------------
 
 
 def paint(place, n, seed):
-    """n dark and n light pictures of noise as PNG files of 20 x 30 pixels, in a folder for each of the two classes."""
+    """n dark and n light images of noise as PNG files of 20 x 30 pixels, in a folder each."""
     rng = np.random.default_rng(seed)
     for name, brightness in (("dark", 0), ("light", 120)):
         os.makedirs(os.path.join(place, name))
@@ -62,20 +62,23 @@ def mine(tmp_path, monkeypatch):
     """A working folder with an image folder in it, and a small run on that: `runs/mine`."""
     monkeypatch.chdir(tmp_path)
     paint("path/to/images", 24, 0)
-    train.train(config.from_preset("shapes", dataset="path/to/images", out="runs/mine", encoder="16x2x1", predictor="8x1x1", batch_size=16,
-                                   max_steps=2, device="cpu"))
+    train.train(config.from_preset(
+        "shapes", dataset="path/to/images", out="runs/mine", encoder="16x2x1", predictor="8x1x1",
+        batch_size=16, max_steps=2, device="cpu"))
 
 
 @torch.no_grad()
 def test_features_of_a_folder_are_those_of_each_file_in_order(mine):
     names = run(*snippets("Features of a folder of images"))
-    encoder, features = names["found"].encoder, names["features"]
+    encoder, features, images = names["encoders"]["target"], names["features"], names["images"]
     files = folder.image_files("path/to/images")
     assert features.shape == (48, 16) and features.dtype == np.float32 and len(files) == 48
     for i in (0, 30, 47):
-        image = data.normalise(folder.decode(files[i], 24)[0][None], *data.STATISTICS["folder"])  # [1, 3, 24, 24]
-        assert np.allclose(encoder(image).mean(1)[0].numpy(), features[i], atol=1e-5)  # a batch of one is summed in another order
-        assert names["images"].class_names[names["images"].labels[i]] in files[i]
+        pixels = folder.decode(files[i], 24)[0][None]  # [1, 3, 24, 24]
+        expected = encoder(data.normalise(pixels, *data.STATISTICS["folder"])).mean(1)[0]
+        # A batch of one is summed in another order.
+        assert np.allclose(expected.numpy(), features[i], atol=1e-5)
+        assert images.class_names[images.labels[i]] in files[i]
 
 
 def test_fine_tuning_learns_the_folders_classes_and_gives_the_classifier(mine):
@@ -84,11 +87,12 @@ def test_fine_tuning_learns_the_folders_classes_and_gives_the_classifier(mine):
     paint("path/to/images/test", 10, 1)
     names = run(*snippets("Fine-tuning"))
     tuned, test_set = names["tuned"], names["test_set"]
-    logits = tuned["model"](data.normalise(test_set.images, test_set.mean, test_set.std))  # [m, K]
-    assert tuned["accuracy"] == (logits.argmax(1) == test_set.labels).float().mean().item() == 1.0  # dark or light
+    images = data.normalise(test_set.images, test_set.mean, test_set.std)
+    right = tuned["model"](images).argmax(1) == test_set.labels  # [m]
+    assert tuned["accuracy"] == right.float().mean().item() == 1.0  # dark or light
 
 
-# --- one's own loop, and Lightning ------------------------------------------------------------------------------------------
+# --- a bare loop, and Lightning -------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -106,40 +110,43 @@ def loop(code):
 
 def test_a_bare_loop_trains_model_and_probe_and_the_probe_leaves_the_model_alone(few_shapes):
     (code,) = snippets("In your own training loop")
-    names, alone = loop(code), loop(code.replace("(output.loss + probe_loss).backward()", "output.loss.backward()"))
+    names = loop(code)
+    alone = loop(code.replace("(output.loss + probe_loss).backward()", "output.loss.backward()"))
     untrained = loop(code.split("for images, labels")[0])
     model, start = names["model"], untrained["model"]
-    assert equal(copies(model), copies(alone["model"]))  # to the bit what it would be without the probe
-    assert not equal(copies(names["probe"]), copies(alone["probe"])) and equal(copies(untrained["probe"]), copies(alone["probe"]))
+    assert equal(copies(model), copies(alone["model"]))  # to the bit, with the probe or without
+    assert not equal(copies(names["probe"]), copies(untrained["probe"]))
+    assert equal(copies(alone["probe"]), copies(untrained["probe"]))
     for part in ("context_encoder", "predictor", "target_encoder"):
         assert not equal(copies(getattr(model, part)), copies(getattr(start, part)))
     images = names["pairs"].tensors[0][:128]
-    with torch.no_grad():  # two steps have made the answers better where they were learnt
-        losses = [m(images, generator=torch.Generator().manual_seed(0)).loss for m in (start, model)]
-    assert losses[1] < losses[0]
+    masks = names["masking"](128, torch.Generator().manual_seed(0))
+    with torch.no_grad():  # two steps have improved the predictions
+        assert model(images, masks).loss < start(images, masks).loss
 
 
 def lit(**changes):
-    """The names of the README's loop and LightningModule, its Trainer left out, and a quiet Trainer."""
-    (code,) = snippets("In your own training loop")
-    names = loop(code.split("model, probe =")[0])
+    """The names of the loop and the LightningModule, without its Trainer, and a quiet Trainer."""
+    (code,), (module,) = snippets("In your own training loop"), snippets("Lightning")
+    names = loop(code.split("encoder =")[0])
     torch.manual_seed(0)
-    (module,) = snippets("Lightning")
     run(module.split("lightning.Trainer(")[0], names)
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar",
+                           "enable_model_summary"), False)
     return names, lightning.Trainer(accelerator="cpu", devices=1, **{**quiet, **changes})
 
 
-def test_lightning_runs_as_it_is_worded(few_shapes, monkeypatch):
+def test_lightning_runs_as_it_stands(few_shapes, monkeypatch):
     monkeypatch.setattr("support.shapes.COUNT", {"train": 32, "test": 32})  # one short batch
     names = loop(*snippets("In your own training loop"))
     run(*snippets("Lightning"), names)
-    (checkpoint,) = [os.path.join(place, file) for place, _, files in os.walk("lightning_logs") for file in files if file.endswith(".ckpt")]
-    assert torch.load(checkpoint, weights_only=True)["global_step"] == 10  # passes over the one batch
+    (checkpoint,) = [os.path.join(place, file) for place, _, files in os.walk("lightning_logs")
+                     for file in files if file.endswith(".ckpt")]
+    assert torch.load(checkpoint, weights_only=True)["global_step"] == 10  # epochs of one batch
 
 
 @pytest.mark.parametrize("accumulated", [1, 2])
-def test_in_lightning_the_target_follows_once_an_optimizer_step_by_exactly_the_momentum(few_shapes, accumulated):
+def test_in_lightning_the_target_follows_once_an_optimizer_step(few_shapes, accumulated):
     names, trainer = lit(max_epochs=2, accumulate_grad_batches=accumulated)
     steps = []
 
@@ -147,7 +154,8 @@ def test_in_lightning_the_target_follows_once_an_optimizer_step_by_exactly_the_m
         def optimizer_step(self, *arguments):
             before = copies(self.model.target_encoder)
             super().optimizer_step(*arguments)
-            steps.append((before, copies(self.model.context_encoder), copies(self.model.target_encoder)))
+            steps.append((before, copies(self.model.context_encoder),
+                          copies(self.model.target_encoder)))
 
     module = Watched()
     start = copies(module.model.context_encoder)
@@ -159,7 +167,7 @@ def test_in_lightning_the_target_follows_once_an_optimizer_step_by_exactly_the_m
     assert not equal(steps[-1][1], start) and not equal(steps[-1][2], start)
 
 
-def test_a_lightning_checkpoint_gives_back_every_weight_and_goes_on(few_shapes):
+def test_a_lightning_checkpoint_gives_back_every_weight_and_resumes(few_shapes):
     names, trainer = lit(max_epochs=1)
     module = names["LitIJEPA"]()
     trainer.fit(module, names["loader"])
@@ -171,7 +179,7 @@ def test_a_lightning_checkpoint_gives_back_every_weight_and_goes_on(few_shapes):
     assert longer.global_step == 4 and not equal(copies(module), copies(again))
 
 
-# --- one's own encoder -------------------------------------------------------------------------------------------------------
+# --- an encoder from elsewhere --------------------------------------------------------------------
 
 
 class Patches(nn.Module):
@@ -179,57 +187,65 @@ class Patches(nn.Module):
 
     def __init__(self, image, patch, width):
         super().__init__()
-        self.grid_size, self.proj = (image // patch, image // patch), nn.Conv2d(3, width, patch, patch)
+        self.grid_size = (image // patch, image // patch)
+        self.proj = nn.Conv2d(3, width, patch, patch)
 
     def forward(self, x):
         return self.proj(x).flatten(2).mT
 
 
 class Block(nn.Module):
-    """Under timm's names: attention to where the mask is True (boolean, broadcast to [B, nh, N, N]), then an MLP."""
+    """Under timm's names: attention to where the mask is True, bool [B, 1, 1, N], then an MLP."""
 
     def __init__(self, width, heads):
         super().__init__()
         self.norm1, self.qkv, self.heads = nn.LayerNorm(width), nn.Linear(width, 3 * width), heads
-        self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(),
+                                 nn.Linear(2 * width, width))
 
     def forward(self, x, attn_mask=None, is_causal=False):
-        q, k, v = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in self.qkv(self.norm1(x)).chunk(3, -1))  # [B, nh, N, D/nh]
-        x = x + F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal).transpose(1, 2).flatten(2)
+        q, k, v = (part.unflatten(2, (self.heads, -1)).transpose(1, 2)
+                   for part in self.qkv(self.norm1(x)).chunk(3, -1))  # [B, nh, N, D/nh]
+        answer = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal)
+        x = x + answer.transpose(1, 2).flatten(2)  # [B, N, D]
         return x + self.mlp(x)
 
 
 class VisionTransformer(nn.Module):
-    """A small stand-in for timm's class of this name, with those of its public names that an encoder needs; no class token."""
+    """A small module with those names of timm's class that an encoder needs; no class token."""
 
     def __init__(self, image=24, patch=4, width=32):
         super().__init__()
         self.embed_dim, self.patch_embed = width, Patches(image, patch, width)
-        self.pos_embed = nn.Parameter(0.5 * torch.randn(1, math.prod(self.patch_embed.grid_size), width))
-        self.blocks, self.norm = nn.Sequential(Block(width, 4), Block(width, 4)), nn.LayerNorm(width)
+        N = math.prod(self.patch_embed.grid_size)
+        self.pos_embed = nn.Parameter(0.5 * torch.randn(1, N, width))
+        self.blocks = nn.Sequential(Block(width, 4), Block(width, 4))
+        self.norm = nn.LayerNorm(width)
 
     def forward_features(self, x):
         return self.norm(self.blocks(self.patch_embed(x) + self.pos_embed))
 
 
 def create_model(name, num_classes, class_token, global_pool):
-    """In timm's place: the README asks for tokens only, and for the last norm, which other poolings put behind them."""
+    """In timm's place: tokens only, and the last norm, which other poolings would move."""
     assert (num_classes, class_token, global_pool) == (0, False, "")
     return VisionTransformer()
 
 
 @pytest.fixture
 def foreign(monkeypatch):
-    """The IJEPA of the README's encoder around a vision transformer that is not ours, and images [B, C, H, W]."""
+    """The page's IJEPA around an encoder that is not ours, images [B, C, H, W] and their masks."""
     monkeypatch.setitem(sys.modules, "timm", types.SimpleNamespace(create_model=create_model))
     torch.manual_seed(0)
-    return run(*snippets("An encoder of your own"))["model"], torch.randn(8, 3, 24, 24)
+    names = run(*snippets("An encoder of your own"))
+    masks = names["masking"](8, torch.Generator().manual_seed(0))
+    return names["model"], torch.randn(8, 3, 24, 24), masks
 
 
 def test_an_encoder_from_elsewhere_trains_and_its_target_follows(foreign):
-    model, images = foreign
-    masks = model.masking(8, torch.Generator().manual_seed(0))  # always the same question: the answer can be learnt by heart
-    optimizer, losses, target = torch.optim.AdamW(model.parameters(), lr=1e-3), [], copies(model.target_encoder)
+    model, images, masks = foreign  # always the same question, so that it can be memorized
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses, target = [], copies(model.target_encoder)
     for _ in range(10):
         output = model(images, masks)
         optimizer.zero_grad()
@@ -241,13 +257,13 @@ def test_an_encoder_from_elsewhere_trains_and_its_target_follows(foreign):
         target = ema(target, model.context_encoder.parameters())
         losses.append(output.loss.item())
     assert losses[-1] < 0.6 * losses[0]
-    assert equal(copies(model.target_encoder), target, atol=1e-5)  # the rounding of ten float32 sums
+    assert equal(copies(model.target_encoder), target, atol=1e-5)  # rounding of ten float32 sums
 
 
 @torch.no_grad()
-def test_the_adapter_computes_what_the_transformer_does_and_heeds_padding(foreign):
-    model, images = foreign
-    encoder, masks = model.context_encoder, model.masking(8, torch.Generator().manual_seed(0))
+def test_the_adapter_computes_what_the_transformer_does_and_ignores_padding(foreign):
+    model, images, masks = foreign
+    encoder = model.context_encoder
     assert torch.allclose(encoder(images), encoder.vit.forward_features(images), atol=1e-6)
     together = encoder(images, masks.context, masks.context_valid)
     assert not masks.context_valid.all()
@@ -257,7 +273,8 @@ def test_the_adapter_computes_what_the_transformer_does_and_heeds_padding(foreig
     assert not torch.allclose(wrong[masks.context_valid], together[masks.context_valid], atol=1e-3)
 
 
-def test_a_copy_of_the_encoder_is_taken_so_the_two_share_no_weight(foreign):
-    model, _ = foreign
-    shared = {id(p) for p in model.context_encoder.parameters()} & {id(p) for p in model.target_encoder.parameters()}
+def test_the_two_encoders_share_no_weight(foreign):
+    model, _, _ = foreign
+    shared = ({id(p) for p in model.context_encoder.parameters()}
+              & {id(p) for p in model.target_encoder.parameters()})
     assert not shared and equal(copies(model.context_encoder), copies(model.target_encoder))

@@ -1,4 +1,5 @@
-"""Claims about damaged and odd data: converted, or left out with its name and a count, or refused in one line; never a crash."""
+"""Claims about damaged and odd data: converted, or left out with its name and a count, or refused
+in one line; never a crash."""
 
 import os
 import pickle
@@ -13,26 +14,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_data import make_cifar10, make_stl10, refusal
 
 import data
-from support import folder
 import train
 from config import UsageError
+from support import folder
 
 SIZE = 8  # pixels; side at which folders are read here
-RED, WHITE = [255, 0, 0], [255, 255, 255]
-
-
-def refusal(call, *args, **kwargs):
-    """The message of the UsageError that the call raises, checked to be one line."""
-    with pytest.raises(UsageError) as caught:
-        call(*args, **kwargs)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+RED, BLUE, WHITE = [255, 0, 0], [0, 0, 255], [255, 255, 255]
 
 
 def picture(path, colour=(255, 0, 0), size=(20, 16)):
-    """Write a picture of one colour; returns its path."""
+    """Write an image of one colour; returns its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, colour).save(path)
     return path
@@ -54,36 +48,15 @@ def middle(path):
     return image[:, SIZE // 2, SIZE // 2].tolist()
 
 
-# ---- CIFAR, STL-10
-
-
-def cifar_folder(root):
-    where = root / "cifar-10-batches-py"
-    where.mkdir()
-    for name in [f"data_batch_{k}" for k in range(1, 6)] + ["test_batch"]:
-        content = {b"data": np.zeros((4, 3072), dtype=np.uint8), b"labels": [0, 1, 2, 3]}
-        (where / name).write_bytes(pickle.dumps(content, 2))
-    (where / "batches.meta").write_bytes(pickle.dumps({b"label_names": [b"class%d" % k for k in range(10)]}, 2))
-    return where
-
-
-def stl_folder(root, n=4):
-    where = root / "stl10_binary"
-    where.mkdir()
-    for part in ("train", "test", "unlabeled"):
-        (where / f"{part}_X.bin").write_bytes(bytes(n * 3 * 96 * 96))
-        (where / f"{part}_y.bin").write_bytes(bytes(range(1, n + 1)))
-    (where / "class_names.txt").write_text("\n".join(f"class{k}" for k in range(10)))
-    (where / "fold_indices.txt").write_text("0 1\n2 3\n" * 5)
-    return where
+# --- CIFAR, STL-10 --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["data_batch_3", "batches.meta"])
 def test_a_cifar_file_cut_anywhere_is_refused_by_name(tmp_path, name):
-    path = cifar_folder(tmp_path) / name
+    path = make_cifar10(tmp_path) / name
     whole = path.read_bytes()
-    assert len(data.load("cifar10", "train", tmp_path)) == 20
-    for cut in [*range(0, min(len(whole), 300), 3), *range(300, len(whole), 997), len(whole) - 1]:
+    cuts = [*range(0, min(len(whole), 300), 3), *range(300, len(whole), 997), len(whole) - 1]
+    for cut in cuts:
         path.write_bytes(whole[:cut])
         assert str(path) in refusal(data.load, "cifar10", "train", tmp_path), cut
 
@@ -92,20 +65,17 @@ def test_a_cifar_file_cut_anywhere_is_refused_by_name(tmp_path, name):
     ("data_batch_3", b"labels", [0, 1, 2]),  # one fewer than images
     ("data_batch_3", b"labels", [0, 1, 2, 10]),
     ("data_batch_3", b"labels", [0, 1, 2, None]),
-    ("data_batch_3", b"labels", 7),
     ("data_batch_3", b"data", np.zeros((4, 3071), dtype=np.uint8)),
     ("data_batch_3", b"data", np.zeros((4, 3072), dtype=np.float32)),
     ("data_batch_3", b"data", None),
     ("batches.meta", b"label_names", [b"class0"]),
-    ("batches.meta", b"label_names", [None] * 10),
-    ("batches.meta", b"label_names", [b"\xff"] * 10),
     ("batches.meta", b"label_names", 7),
 ])
-def test_a_cifar_file_with_the_wrong_content_is_refused_and_its_folder_named(tmp_path, name, key, value):
-    path = cifar_folder(tmp_path) / name
+def test_a_cifar_file_with_the_wrong_content_is_refused(tmp_path, name, key, value):
+    path = make_cifar10(tmp_path) / name
     path.write_bytes(pickle.dumps({**pickle.loads(path.read_bytes()), key: value}, 2))
     message = refusal(data.load, "cifar10", "train", tmp_path)
-    assert str(path.parent) in message and "delete" in message
+    assert str(path.parent) in message and "delete it" in message
 
 
 @pytest.mark.parametrize("name, content", [
@@ -119,38 +89,37 @@ def test_a_cifar_file_with_the_wrong_content_is_refused_and_its_folder_named(tmp
     ("fold_indices.txt", b"0 1\n2 "),
     ("fold_indices.txt", b"0 1\n2 9\n"),
     ("fold_indices.txt", b"\x89PNG\xff\xfe"),
-    ("fold_indices.txt", b""),
 ])
 def test_a_damaged_stl10_file_is_refused_and_its_folder_named(tmp_path, name, content):
-    where = stl_folder(tmp_path)
+    where = make_stl10(tmp_path)
     assert len(data.load("stl10", "train", tmp_path)) == 4
     (where / name).write_bytes(content)
     message = refusal(data.load, "stl10", "train", tmp_path)
     assert str(where) in message and "delete" in message
 
 
-# ---- image files of every kind
+# --- image files of every kind --------------------------------------------------------------------
 
 
-def test_pictures_of_every_mode_show_their_colour(tmp_path):
+def test_images_of_every_mode_show_their_colour(tmp_path):
     full, none = 255, 0
-    grey16 = np.full((16, 20), 40_000, dtype=np.uint16)
+    gray16 = np.full((16, 20), 40_000, dtype=np.uint16)
     made = {
         "rgb.jpg": (Image.new("RGB", (20, 16), (255, 0, 0)), RED),
         "palette.png": (Image.new("RGB", (20, 16), (255, 0, 0)).convert("P"), RED),
-        "grey.png": (Image.new("L", (20, 16), 70), [70] * 3),
-        "grey_alpha.png": (Image.new("LA", (20, 16), (70, full)), [70] * 3),
-        "clear_grey.png": (Image.new("LA", (20, 16), (70, none)), WHITE),
+        "gray.png": (Image.new("L", (20, 16), 70), [70] * 3),
+        "gray_alpha.png": (Image.new("LA", (20, 16), (70, full)), [70] * 3),
+        "clear_gray.png": (Image.new("LA", (20, 16), (70, none)), WHITE),
         "rgba.png": (Image.new("RGBA", (20, 16), (255, 0, 0, full)), RED),
         "clear.png": (Image.new("RGBA", (20, 16), (0, 0, 0, none)), WHITE),
         "half_clear.webp": (Image.new("RGBA", (20, 16), (0, 0, 0, 128)), [127] * 3),
         "cmyk.jpg": (Image.new("CMYK", (20, 16), (0, 255, 255, 0)), RED),
         "cmyk.tif": (Image.new("CMYK", (20, 16), (0, 255, 255, 0)), RED),
-        "grey16.png": (Image.fromarray(grey16), [40_000 // 256] * 3),
-        "grey16.tif": (Image.fromarray(grey16), [40_000 // 256] * 3),
-        "big_endian.tif": (Image.fromarray(grey16.astype(">u2")), [40_000 // 256] * 3),
+        "gray16.png": (Image.fromarray(gray16), [40_000 // 256] * 3),
+        "gray16.tif": (Image.fromarray(gray16), [40_000 // 256] * 3),
+        "big_endian.tif": (Image.fromarray(gray16.astype(">u2")), [40_000 // 256] * 3),
         "one_bit.png": (Image.new("1", (20, 16), 1), WHITE),
-        "hsv.tif": (Image.new("YCbCr", (20, 16), (76, 85, 255)), RED),
+        "ycbcr.tif": (Image.new("YCbCr", (20, 16), (76, 85, 255)), RED),
     }
     for name, (image, colour) in made.items():
         where = tmp_path / name.replace(".", "_")
@@ -164,15 +133,16 @@ def test_a_palettes_transparent_colour_becomes_white(tmp_path):
         image = Image.new("P", (20, 16), 1)
         image.putpalette([0, 0, 0, 0, 255, 0] + [0] * 762)
         (tmp_path / name).mkdir()
-        image.save(tmp_path / name / name, transparency=bytes([255, 0]) if name == "several.png" else 1)
+        several = name == "several.png"
+        image.save(tmp_path / name / name, transparency=bytes([255, 0]) if several else 1)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert middle(tmp_path / name) == WHITE
 
 
 @pytest.mark.parametrize("name", ["x.gif", "x.webp", "x.png", "x.tif"])
-def test_of_an_animation_the_first_picture_is_taken(tmp_path, name):
-    first, second = (Image.new("RGB", (20, 16), colour) for colour in ((255, 0, 0), (0, 0, 255)))
+def test_of_an_animation_the_first_frame_is_taken(tmp_path, name):
+    first, second = (Image.new("RGB", (20, 16), tuple(colour)) for colour in (RED, BLUE))
     first.save(tmp_path / name, save_all=True, append_images=[second])
     with Image.open(tmp_path / name) as image:
         assert image.n_frames == 2
@@ -187,14 +157,14 @@ def test_a_photograph_is_turned_upright(tmp_path):
     image.save(tmp_path / "x.jpg", exif=exif, quality=100, subsampling=0)
     (upright,) = load(tmp_path).images
     left, right = upright[:, 4, 1].tolist(), upright[:, 4, 6].tolist()
-    assert left == pytest.approx(RED, abs=9) and right == pytest.approx([0, 0, 255], abs=9)
+    assert left == pytest.approx(RED, abs=9) and right == pytest.approx(BLUE, abs=9)
 
 
-def test_nonsense_in_place_of_exif_costs_neither_picture_nor_warning(tmp_path, recwarn):
+def test_damaged_exif_data_costs_neither_the_image_nor_a_warning(tmp_path, recwarn):
     exif = Image.Exif()
     exif[0x0112] = 6
     for cut in range(6, len(exif.tobytes())):
-        Image.new("RGB", (20, 16), (255, 0, 0)).save(tmp_path / f"{cut}.jpg", exif=exif.tobytes()[:cut])
+        Image.new("RGB", (20, 16)).save(tmp_path / f"{cut}.jpg", exif=exif.tobytes()[:cut])
     assert len(load(tmp_path)) == len(exif.tobytes()) - 6 and not recwarn.list
 
 
@@ -202,72 +172,70 @@ def test_32_bit_pixels_are_left_out_since_nobody_knows_their_white(tmp_path, cap
     picture(tmp_path / "a.png")
     Image.fromarray(np.full((16, 20), 0.5, dtype=np.float32)).save(tmp_path / "b.tif")
     Image.fromarray(np.full((16, 20), 2**20, dtype=np.int32)).save(tmp_path / "c.tif")
-    Image.fromarray(np.full((16, 20), 2**15, dtype=np.int32)).save(tmp_path / "d.tif")  # 16 bits in 32
+    Image.fromarray(np.full((16, 20), 2**15, dtype=np.int32)).save(tmp_path / "d.tif")  # 16 bits
     assert load(tmp_path).images[:, 0, 4, 4].tolist() == [255, 128]
-    assert "2 of 4" in (out := capsys.readouterr().out) and "b.tif, mode F: pixels of 32 bits" in out
+    out = capsys.readouterr().out
+    assert "2 of 4" in out and "b.tif: mode F: 32-bit pixels" in out
     (tmp_path / "a.png").unlink()
     (tmp_path / "d.tif").unlink()
     assert "save it with 8 or 16 bits" in refusal(load, tmp_path)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 500), (500, 1), (3, 2), (640, 480)])
-def test_pictures_of_any_size_become_squares_of_the_size_asked_for(tmp_path, size):
+def test_images_of_any_size_become_squares_of_the_size_asked_for(tmp_path, size):
     picture(tmp_path / "x.png", size=size)
     picture(tmp_path / "y.png")
     images = load(tmp_path).images
-    assert images.shape == (2, 3, SIZE, SIZE) and (images == torch.tensor(RED).view(1, 3, 1, 1)).all()
+    assert images.shape == (2, 3, SIZE, SIZE)
+    assert (images == torch.tensor(RED).view(1, 3, 1, 1)).all()
 
 
-# ---- files that are no images
+# --- files that are no images ---------------------------------------------------------------------
 
 
 def truncated_jpeg(path):
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (160, 200, 3), np.uint8)).save(path)
+    values = np.random.default_rng(0).integers(0, 256, (160, 200, 3), np.uint8)
+    Image.fromarray(values).save(path)
     path.write_bytes(path.read_bytes()[:20_000])
 
 
-def dangling_link(path):
-    path.symlink_to(path.parent / "gone.jpg")
-
-
-def bomb(pixels):
-    def write(path):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Image, "MAX_IMAGE_PIXELS", None)
-            Image.new("1", (pixels // 10_000, 10_000)).save(path, format="PNG")  # a few kilobytes on disk
-
-    return write
+def bomb(path):
+    """200 million pixels in a few kilobytes: Pillow refuses them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+        Image.new("1", (20_000, 10_000)).save(path, format="PNG")
 
 
 FAULTS = {
-    "no image": (lambda path: broken(path), "cannot identify image file"),
-    "empty": (lambda path: path.touch(), "cannot identify image file"),
+    "no image": (broken, "cannot identify image file"),
+    "empty": (Path.touch, "cannot identify image file"),
     "truncated": (truncated_jpeg, "truncated"),
-    "dangling link": (dangling_link, "No such file"),
-    "bomb that Pillow refuses": (bomb(200_000_000), "decompression bomb"),
-    "bomb that Pillow warns of": (bomb(100_000_000), "decompression bomb"),
+    "dangling link": (lambda path: path.symlink_to(path.parent / "gone.jpg"), "No such file"),
+    "bomb": (bomb, "decompression bomb"),
 }
 
 
 @pytest.mark.parametrize("lazy", [False, True])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_file_that_is_no_image_costs_only_itself_and_is_named_once(tmp_path, capsys, monkeypatch, recwarn, fault, lazy):
+def test_a_file_that_is_no_image_costs_only_itself_and_is_named_once(
+        tmp_path, capsys, monkeypatch, recwarn, fault, lazy):
     make, why = FAULTS[fault]
     picture(tmp_path / "a.png", (0, 0, 255))
     make(tmp_path / "b.jpg")
     picture(tmp_path / "c.png")
     monkeypatch.setattr("support.folder.MEMORY_LIMIT", 0 if lazy else 2**30)
     dataset = load(tmp_path)
-    seen = torch.cat([dataset.images[[i]] for i in range(len(dataset)) for _ in range(2)])[:, :, 4, 4]
-    blue = [0, 0, 255]
-    assert seen.tolist() == [blue, blue, *([RED, RED] if lazy else []), RED, RED]  # for b stands the next, c
+    seen = [dataset.images[[i]] for i in range(len(dataset)) for _ in range(2)]
+    expected = [BLUE, BLUE, *([RED, RED] if lazy else []), RED, RED]  # b is replaced by the next, c
+    assert torch.cat(seen)[:, :, 4, 4].tolist() == expected
     out, err = capsys.readouterr()
     (line,) = [line for line in (out + err).splitlines() if "b.jpg" in line]
-    assert str(tmp_path / "b.jpg") in line and why in line and ("stands in" in line if lazy else "1 of 3" in line)
+    assert str(tmp_path / "b.jpg") in line and why in line
+    assert ("replaces it" if lazy else "1 of 3") in line
     assert not recwarn.list
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="Windows keeps no one from reading by mode")
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="Windows forbids nobody to read by mode")
 def test_a_file_and_a_folder_that_may_not_be_read_are_left_out_and_named(capsys):
     place = Path(tempfile.mkdtemp())  # not tmp_path, into which only its owner may look
     try:
@@ -290,11 +258,12 @@ def test_a_file_and_a_folder_that_may_not_be_read_are_left_out_and_named(capsys)
         shutil.rmtree(place)
     out = capsys.readouterr().out
     assert labels == [0, 1]
-    assert f"1 of 3 images could not be decoded (first: {place / 'cat' / '2.png'}, [Errno 13] Permission denied)" in out
-    assert f"cannot look into the folder {place / 'dog' / 'secret'}" in out
+    assert f"1 of 3 images could not be decoded and are left out (first: {place}/cat/2.png" in out
+    assert "Permission denied" in out
+    assert f"cannot open the folder {place / 'dog' / 'secret'}" in out
 
 
-def test_one_corrupt_jpeg_among_ten_thousand_is_skipped_counted_and_named(tmp_path, capsys):
+def test_one_corrupt_jpeg_in_ten_thousand_leaves_the_others_their_labels(tmp_path, capsys):
     for k in range(10):
         one = picture(tmp_path / f"class{k}" / "0000.jpg", (25 * k, 0, 0))
         for i in range(1, 1000):
@@ -305,30 +274,34 @@ def test_one_corrupt_jpeg_among_ten_thousand_is_skipped_counted_and_named(tmp_pa
     dataset = load(tmp_path)
     assert torch.bincount(dataset.labels).tolist() == [1000] * 3 + [999] + [1000] * 6
     red = dataset.images[:, 0, 4, 4].float()
-    assert all((red[dataset.labels == k] - 25 * k).abs().max() < 3 for k in range(10))  # every image kept its own label
-    assert f"1 of 10000 images could not be decoded (first: {bad}," in capsys.readouterr().out
+    assert all((red[dataset.labels == k] - 25 * k).abs().max() < 3 for k in range(10))
+    assert f"1 of 10000 images could not be decoded and are left out (first: {bad}:" in (
+        capsys.readouterr().out)
 
 
-# ---- a folder too large for memory
+# --- a folder too large for memory ----------------------------------------------------------------
 
 
 @pytest.fixture
 def lazy(tmp_path, monkeypatch):
-    """Ten red pictures of class a, ten blue of class b; broken are the last two of a, and one of b."""
+    """Ten red images of class a, ten blue of b; broken are the last two of a, and one of b."""
     for i in range(10):
         for name, colour in (("a", (10 * i + 10, 0, 0)), ("b", (0, 0, 10 * i + 10))):
             path = tmp_path / name / f"{i}.png"
-            broken(path) if (name, i) in (("a", 8), ("a", 9), ("b", 4)) else picture(path, colour)
+            if (name, i) in (("a", 8), ("a", 9), ("b", 4)):
+                broken(path)
+            else:
+                picture(path, colour)
     monkeypatch.setattr("support.folder.MEMORY_LIMIT", 0)
     return tmp_path
 
 
-def test_for_a_broken_file_stands_the_next_of_its_class(lazy):
-    images = load(lazy).images
-    assert images[[7, 8, 9, 14]][:, :, 4, 4].tolist() == [[80, 0, 0], [10, 0, 0], [10, 0, 0], [0, 0, 60]]  # after a's last, a's first
+def test_a_broken_file_is_replaced_by_the_next_of_its_class(lazy):
+    images = load(lazy).images[[7, 8, 9, 14]][:, :, 4, 4]  # after the last of a, the first of a
+    assert images.tolist() == [[80, 0, 0], [10, 0, 0], [10, 0, 0], [0, 0, 60]]
 
 
-def test_for_the_only_file_of_a_class_stands_one_of_another(tmp_path, monkeypatch):
+def test_the_only_file_of_a_class_is_replaced_by_one_of_another(tmp_path, monkeypatch):
     broken(tmp_path / "a" / "1.png")
     picture(tmp_path / "b" / "1.png")
     monkeypatch.setattr("support.folder.MEMORY_LIMIT", 0)
@@ -336,22 +309,25 @@ def test_for_the_only_file_of_a_class_stands_one_of_another(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_what_stands_in_depends_on_the_files_alone_and_each_is_named_once(lazy, capsys, workers):
+def test_a_replacement_depends_on_the_files_alone_and_is_reported_once(lazy, capsys, workers):
     def seen(dataset, order):
         images = torch.cat(list(data.batches(dataset, 3, SIZE, order=order, workers=workers)))
         return images[order.argsort()]
 
-    dataset, forwards, backwards = load(lazy), torch.arange(20), torch.arange(19, -1, -1)
+    forwards, backwards = torch.arange(20), torch.arange(19, -1, -1)
+    dataset = load(lazy)
     first = seen(dataset, forwards)
-    assert torch.equal(first, seen(dataset, backwards)) and torch.equal(first, seen(load(lazy), backwards))  # whatever came before
-    assert torch.equal(first[[9, 14]], seen(load(lazy).subset([9, 14]), torch.arange(2)))  # a subset asks all the files
-    assert load(lazy).fingerprint() == dataset.fingerprint()
+    assert torch.equal(first, seen(dataset, backwards))
+    assert torch.equal(first, seen(load(lazy), backwards))  # whatever was read before
+    some = load(lazy).subset([9, 14])
+    assert torch.equal(first[[9, 14]], seen(some, torch.arange(2)))  # a subset asks all the files
+    assert load(lazy).describe() == dataset.describe()
     capsys.readouterr()
     again = load(lazy)
     for _ in range(3):
         seen(again, forwards), seen(again.subset(range(20)), backwards)
     lines = [line for line in capsys.readouterr().err.splitlines() if "cannot decode" in line]
-    assert len(lines) == 3 and all("stands in for it" in line for line in lines)
+    assert len(lines) == 3 and all("replaces it" in line for line in lines)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -360,11 +336,12 @@ def test_more_than_a_few_broken_files_end_the_run_in_one_line(tmp_path, monkeypa
     for i in range(40):
         (broken if i % 4 == 0 and i else picture)(tmp_path / f"{i:02}.png")
     dataset = load(tmp_path)
-    assert len(list(data.batches(dataset, 4, SIZE, workers=workers))) == 10  # nine of forty: few in number
+    assert len(list(data.batches(dataset, 4, SIZE, workers=workers))) == 10  # nine are a few
     for i in (1, 3):
         broken(tmp_path / f"{i:02}.png")
     message = refusal(list, data.batches(dataset, 4, SIZE, workers=workers))
-    assert message.startswith("11 of 40 image files could not be decoded") and str(tmp_path / "04.png") in message
+    assert message.startswith("11 of 40 image files could not be decoded")
+    assert str(tmp_path / "04.png") in message
 
 
 def test_a_few_are_one_in_a_hundred():
@@ -377,23 +354,26 @@ def test_a_large_folder_of_broken_files_only_is_refused(tmp_path, monkeypatch, w
     monkeypatch.setattr("support.folder.MEMORY_LIMIT", 0)
     for i in range(3):
         broken(tmp_path / f"{i}.png")
-    assert "3 of 3 image files could not be decoded" in refusal(list, data.batches(load(tmp_path), 2, SIZE, workers=workers))
+    message = refusal(list, data.batches(load(tmp_path), 2, SIZE, workers=workers))
+    assert "3 of 3 image files could not be decoded" in message
 
 
 def test_a_run_on_a_large_folder_with_a_broken_file_ends_well(lazy, tmp_path, capsys):
-    train.main(["--dataset", str(lazy), "--image-size", "24", "--batch-size", "4", "--max-steps", "3", "--workers", "1", "--device", "cpu",
-                "--encoder", "16x1x2", "--predictor", "16x1x2", "--context-size", "4", "--out", str(tmp_path / "run")])
+    train.main(["--dataset", str(lazy), "--image-size", "24", "--batch-size", "4", "--max-steps",
+                "3", "--workers", "1", "--device", "cpu", "--encoder", "16x1x2", "--predictor",
+                "16x1x2", "--context-size", "4", "--out", str(tmp_path / "run")])
     out, err = capsys.readouterr()
-    assert "3 steps in" in out and 1 <= err.count("stands in for it") <= 3 and "Traceback" not in err
+    assert "3 steps in" in out and 1 <= err.count("replaces it") <= 3 and "Traceback" not in err
 
 
-# ---- folders
+# --- folders --------------------------------------------------------------------------------------
+
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="other systems forbid the name")
 
 
 @pytest.mark.parametrize("name", [
-    "with a space", "größe 猫",
-    *(pytest.param(odd, marks=pytest.mark.skipif(sys.platform != "linux", reason="other systems forbid the name"))
-      for odd in ("two\nlines", os.fsdecode(b"latin\xe9")))], ids=ascii)
+    "with a space", "größe 猫", pytest.param("two\nlines", marks=LINUX),
+    pytest.param(os.fsdecode(b"latin\xe9"), marks=LINUX)], ids=ascii)
 def test_names_with_spaces_accents_line_breaks_and_bytes_that_are_no_text(tmp_path, capsys, name):
     good = picture(tmp_path / name / f"{name}.png")
     broken(tmp_path / name / f"a{name}.png")
@@ -406,15 +386,17 @@ def test_names_with_spaces_accents_line_breaks_and_bytes_that_are_no_text(tmp_pa
     refusal(load, tmp_path).encode()
 
 
-def test_links_in_a_circle_end_and_no_picture_is_read_twice(tmp_path):
+def test_links_in_a_circle_end_and_no_image_is_read_twice(tmp_path):
     picture(tmp_path / "cat" / "1.png")
     picture(tmp_path / "dog" / "1.png")
     elsewhere = tmp_path.parent / (tmp_path.name + "_linked")
     elsewhere.mkdir()
-    (elsewhere / "cat").symlink_to(tmp_path / "cat")  # a class that lies elsewhere is one all the same
+    (elsewhere / "cat").symlink_to(tmp_path / "cat")  # a class that is stored elsewhere
     assert load(elsewhere).class_names == ["cat"] and len(load(elsewhere)) == 1
-    for link, target in (("cat/all", tmp_path), ("cat/itself", tmp_path / "cat"), ("cat/self", tmp_path / "cat" / "self"),
-                         ("dog/other", tmp_path / "cat"), ("alias", tmp_path / "cat")):
+    for link, target in (
+            ("cat/all", tmp_path), ("cat/itself", tmp_path / "cat"),
+            ("cat/self", tmp_path / "cat" / "self"), ("dog/other", tmp_path / "cat"),
+            ("alias", tmp_path / "cat")):
         (tmp_path / link).symlink_to(target)
     dataset = load(tmp_path)
     assert dataset.labels.tolist() == [0, 1] and dataset.class_names == ["cat", "dog"]
@@ -427,22 +409,22 @@ def test_an_empty_class_folder_has_no_number_and_a_line_says_so(tmp_path, capsys
     picture(tmp_path / "dog" / "1.png")
     dataset = load(tmp_path)
     assert dataset.class_names == ["ant", "dog"] and dataset.labels.tolist() == [0, 1]
-    line = f"2 folders in {tmp_path} hold no image of their own (first: bee) and get no class number"
-    assert line in capsys.readouterr().out
+    assert (f"2 folders in {tmp_path} hold no image of their own (first: bee); they get no class "
+            "number") in capsys.readouterr().out
 
 
-def test_a_class_all_of_whose_files_are_broken_keeps_its_number_and_a_line_says_so(tmp_path, capsys):
+def test_a_class_all_of_whose_files_are_broken_keeps_its_number(tmp_path):
     for name in ("ant", "bee", "cow"):
         (broken if name == "bee" else picture)(tmp_path / name / "1.png")
     dataset = load(tmp_path)
     assert dataset.class_names == ["ant", "bee", "cow"] and dataset.labels.tolist() == [0, 2]
-    assert "no image is left of 1 classes (first: bee)" in capsys.readouterr().out
 
 
 def test_a_folder_with_one_image_is_read_and_training_on_it_is_refused(tmp_path):
     picture(tmp_path / "1.png")
     assert len(load(tmp_path)) == 1
-    message = refusal(train.main, ["--dataset", str(tmp_path), "--device", "cpu", "--out", str(tmp_path / "run")])
+    message = refusal(train.main, ["--dataset", str(tmp_path), "--device", "cpu",
+                                   "--out", str(tmp_path / "run")])
     assert "1 images to train on" in message
 
 
@@ -450,24 +432,36 @@ def test_a_folder_of_broken_files_only_is_refused(tmp_path, capsys):
     for i in range(3):
         broken(tmp_path / f"{i}.png")
     message = refusal(load, tmp_path)
-    assert message.startswith("none of the 3 image files could be decoded") and str(tmp_path / "0.png") in message
-    assert capsys.readouterr().out == ""
+    assert message.startswith("none of the 3 image files could be decoded")
+    assert str(tmp_path / "0.png") in message and capsys.readouterr().out == ""
 
 
-# ---- .npz
+def test_files_are_listed_in_the_same_order_on_every_walk(tmp_path):
+    for name in ("b", "a", "a/deep", "c"):
+        for i in (2, 10, 1):
+            picture(tmp_path / name / f"{i}.png")
+    paths = folder.image_files(tmp_path)
+    assert paths == folder.image_files(tmp_path)
+    assert [path[len(str(tmp_path)) + 1 :] for path in paths] == [
+        f"{name}/{i}.png" for name in ("a", "a/deep", "b", "c") for i in (1, 10, 2)]
 
 
-def test_an_npz_cut_anywhere_is_refused_by_name(tmp_path):
+# --- .npz -----------------------------------------------------------------------------------------
+
+
+def test_an_npz_cut_anywhere_or_with_a_flipped_bit_is_read_right_or_refused_by_name(tmp_path):
     path = tmp_path / "x.npz"
-    np.savez_compressed(path, train_images=np.random.default_rng(0).integers(0, 256, (20, 8, 8), np.uint8), train_labels=np.arange(20))
+    images = np.random.default_rng(0).integers(0, 256, (20, 8, 8), np.uint8)
+    np.savez_compressed(path, train_images=images, train_labels=np.arange(20))
     whole = path.read_bytes()
     for cut in [*range(0, len(whole), 37), len(whole) - 1]:
         path.write_bytes(whole[:cut])
         assert str(path) in refusal(data.load, str(path)), cut
-    draw = random.Random(0)
+    chance = random.Random(0)
     for _ in range(200):
-        at = draw.randrange(len(whole))
-        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << draw.randrange(8)]) + whole[at + 1 :])
+        at = chance.randrange(len(whole))
+        flipped = whole[at] ^ 1 << chance.randrange(8)
+        path.write_bytes(whole[:at] + bytes([flipped]) + whole[at + 1 :])
         try:
             assert len(data.load(str(path))) == 20
         except UsageError as error:
@@ -478,22 +472,22 @@ def test_an_npz_cut_anywhere_is_refused_by_name(tmp_path):
     (np.arange(7), "one for each of the 5 images"),
     (np.arange(3), "one for each of the 5 images"),
     (np.zeros(5), "whole numbers"),
-    (np.array(list("abcde")), "cannot read"),
+    (np.array(list("abcde")), "whole numbers"),
     (np.array([{}] * 5, dtype=object), "cannot read"),  # a pickle, which could run code
     (np.array(3), "one for each of the 5 images"),
     (np.zeros((5, 0), dtype=np.int64), "one for each of the 5 images"),
     (np.array([0, 1, 2, 3, -1]), "class numbers from 0"),
 ])
 def test_labels_of_an_npz_that_do_not_fit_are_refused(tmp_path, labels, why):
-    np.savez(tmp_path / "x.npz", train_images=np.zeros((5, 8, 8), dtype=np.uint8), train_labels=labels)
+    images = np.zeros((5, 8, 8), dtype=np.uint8)
+    np.savez(tmp_path / "x.npz", train_images=images, train_labels=labels)
     message = refusal(data.load, str(tmp_path / "x.npz"))
     assert why in message and str(tmp_path / "x.npz") in message
 
 
-def test_the_list_of_files_is_the_same_on_every_walk(tmp_path):
-    for name in ("b", "a", "a/deep", "c"):
-        for i in (2, 10, 1):
-            picture(tmp_path / name / f"{i}.png")
-    paths = folder.image_files(tmp_path)
-    assert paths == folder.image_files(tmp_path) and [path[len(str(tmp_path)) + 1 :] for path in paths] == [
-        f"{name}/{i}.png" for name in ("a", "a/deep", "b", "c") for i in (1, 10, 2)]
+@pytest.mark.parametrize("dtype", [bool, np.uint8, np.uint16, np.uint64, np.int32])
+def test_labels_of_an_npz_may_be_whole_numbers_of_any_type(tmp_path, dtype):
+    labels = np.array([0, 1, 1, 0, 1]).astype(dtype)
+    images = np.zeros((5, 8, 8), dtype=np.uint8)
+    np.savez(tmp_path / "x.npz", train_images=images, train_labels=labels)
+    assert data.load(str(tmp_path / "x.npz")).labels.tolist() == [0, 1, 1, 0, 1]

@@ -1,4 +1,4 @@
-"""Claims about what a run tells: metrics.csv survives a crash, and the same numbers reach TensorBoard and Weights & Biases where asked."""
+"""Claims about what a run tells: metrics.csv survives a crash; TensorBoard and W&B get the same."""
 
 import os
 import pathlib
@@ -11,35 +11,33 @@ import pytest
 import torch
 from PIL import Image
 
-from support import checkpoint
-from support import logs
 import train
 from config import UsageError
+from support import logs
 from test_train import few_shapes, rows, tiny  # noqa: F401 (the fixture works by being here)
 
 ROOT = pathlib.Path(__file__).parents[2]
 
 
 def slope(values):
-    """How much a value grows from one to the next: the slope of the straight line nearest to them."""
+    """How much a value grows from one to the next: the slope of the nearest straight line."""
     y = torch.tensor(values, dtype=torch.float64)
     x = torch.arange(len(y), dtype=torch.float64) - (len(y) - 1) / 2
     return (x @ (y - y.mean()) / x.square().sum()).item()
 
 
-@pytest.mark.parametrize("tail", ["12", "12,0.5,0.4", "12,0.5,0.4\n", "\0\0\0\0", "x,y\n", "12," * 30 + "\n", "\n\n", '7,"'])
-def test_a_line_that_a_crash_cut_is_dropped_and_the_run_goes_on(tmp_path, tail):
-    """Rows up to the checkpoint are kept whole; a cut line, or what a disk without power left of it, is no row."""
+@pytest.mark.parametrize("tail", [
+    "12", "12,0.5,0.4\n", "\0\0\0\0", "x,y\n", "12," * 30 + "\n", "\n\n", '7,"'])
+def test_a_line_that_a_crash_cut_is_dropped_when_the_run_resumes(tmp_path, tail):
     train.train(tiny(tmp_path, max_steps=4))
     whole = rows(tmp_path)
     with open(tmp_path / "metrics.csv", "a") as file:
         file.write(tail)
     train.main(["--out", str(tmp_path), "--resume"])
-    assert rows(tmp_path) == whole
-    assert all(set(row) == set(logs.Metrics.COLUMNS) and float(row["loss"]) > 0 for row in rows(tmp_path))
+    assert rows(tmp_path) == whole and len(whole) == 4
 
 
-def test_a_kill_while_metrics_are_taken_over_leaves_the_old_ones(tmp_path, monkeypatch):
+def test_a_kill_while_metrics_are_rewritten_leaves_the_old_ones(tmp_path, monkeypatch):
     train.train(tiny(tmp_path, max_steps=4))
     before = (tmp_path / "metrics.csv").read_text()
 
@@ -56,87 +54,73 @@ def test_a_kill_while_metrics_are_taken_over_leaves_the_old_ones(tmp_path, monke
 def test_tensorboard_gets_the_rows_of_metrics_csv(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    train.train(tiny(tmp_path, max_steps=4, tensorboard=True))
+    train.train(tiny(tmp_path, max_steps=4, log_to="tensorboard"))
     events = EventAccumulator(str(tmp_path)).Reload()
     told = {event.step: event.value for event in events.Scalars("loss")}
     assert told == pytest.approx({int(row["step"]): float(row["loss"]) for row in rows(tmp_path)})
     assert {"lr", "momentum", "grad_norm"} <= set(events.Tags()["scalars"])
 
 
-def test_weights_and_biases_get_the_rows_of_metrics_csv(tmp_path, monkeypatch):
-    """The package itself wants an account; what is called of it is its documented interface: init, log, finish."""
-    told = {}
-    run = types.SimpleNamespace(log=lambda row, step: told.update({step: row["loss"]}), finish=lambda: told.update(finished=True))
-    started = {}
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **given: started.update(given) or run))
-    train.train(tiny(tmp_path, max_steps=3, wandb="students"))
-    assert started["project"] == "students" and started["config"]["encoder"] == "16x1x2" and started["name"] == tmp_path.name
-    assert told.pop("finished") and told == pytest.approx({int(row["step"]): float(row["loss"]) for row in rows(tmp_path)})
+def test_weights_and_biases_get_the_rows_of_metrics_csv_under_an_id_that_is_unique_and_kept(
+        tmp_path, monkeypatch):
+    """The package wants an account; what is called of it is its documented interface."""
+    told, started = {}, []
+    run = types.SimpleNamespace(log=lambda row, step: told.update({step: row["loss"]}),
+                                finish=lambda: told.update(finished=True))
+    wandb = types.SimpleNamespace(init=lambda **given: started.append(given) or run)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    for name in ("a/run", "b/run"):
+        train.train(tiny(tmp_path / name, max_steps=3, log_to="wandb:students"))
+    train.main(["--out", str(tmp_path / "a/run"), "--resume"])
+    first, second, resumed = started
+    assert first["project"] == "students" and first["config"]["encoder"] == "16x1x2"
+    assert first["id"] == resumed["id"] != second["id"]  # though the folders' names are the same
+    assert told.pop("finished")
+    losses = {int(row["step"]): float(row["loss"]) for row in rows(tmp_path / "a/run")}
+    assert told == pytest.approx(losses)
 
 
-@pytest.mark.parametrize("module,settings,said", [
-    ("torch.utils.tensorboard", {"tensorboard": True}, "--tensorboard needs .* pip install tensorboard"),
-    ("wandb", {"wandb": "students"}, "--wandb students needs .* pip install wandb")])
-def test_a_log_that_is_not_installed_is_asked_for_in_one_line(tmp_path, monkeypatch, module, settings, said):
+@pytest.mark.parametrize("module, log_to", [("torch.utils.tensorboard", "tensorboard"),
+                                            ("wandb", "wandb:students")])
+def test_a_log_that_is_not_installed_is_asked_for_in_one_line(tmp_path, monkeypatch, module,
+                                                              log_to):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(UsageError, match=said):
-        train.train(tiny(tmp_path, max_steps=2, **settings))
+    with pytest.raises(UsageError, match=f"--log-to {log_to} needs .* pip install"):
+        train.train(tiny(tmp_path, max_steps=2, log_to=log_to))
 
 
-def test_no_log_is_left_open_where_another_is_not_installed(tmp_path, monkeypatch):
-    """A TensorBoard writer has a thread, which would write on after the command was refused."""
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UsageError, match="--wandb"):
-        train.train(tiny(tmp_path, max_steps=2, tensorboard=True, wandb="students"))
-    assert not list(tmp_path.glob("events*"))
-
-
-def test_memory_stays_flat_over_2000_steps(tmp_path, monkeypatch):
-    """With logs, measures and checkpoints on. The bound, 1 kB a step, is a leak of 300 MB in a day of training."""
+def test_memory_stays_flat_over_1000_steps(tmp_path, monkeypatch):
+    """With measures and checkpoints. The bound, 1 kB a step, leaks 300 MB in a day of training."""
     used, step = [], train.train_step
 
-    def watched(config, model, optimizer, batches, number, *rest):
-        if number % 100 == 0:
+    def watched(*arguments):
+        if arguments[5] % 50 == 0:
             used.append(psutil.Process().memory_info().rss)
-        return step(config, model, optimizer, batches, number, *rest)
+        return step(*arguments)
 
     monkeypatch.setattr(train, "train_step", watched)
-    train.train(tiny(tmp_path, batch_size=8, epochs=1000, max_steps=2000, checkpoint_minutes=0.01))
-    assert slope(used[5:]) / 100 < 1000, f"{slope(used[5:]) / 100:.0f} bytes a step"  # the first steps fill caches
+    train.train(tiny(tmp_path, batch_size=8, epochs=1000, max_steps=1000, checkpoint_minutes=0.01))
+    assert slope(used[5:]) / 50 < 1000, f"{slope(used[5:]) / 50:.0f} bytes a step"
 
 
 EPOCH_OF_A_FOLDER = """
-import sys, psutil, data, train
+import sys, psutil, data
 from support import folder
-train.keep_memory()
 folder.MEMORY_LIMIT, process = 0, psutil.Process()
 for _ in data.batches(data.load(sys.argv[1]), 64, 224, workers=1):
-    print("bytes", sum(p.memory_full_info().uss for p in (process, *process.children(recursive=True))))
+    used = sum(p.memory_full_info().uss for p in (process, *process.children(recursive=True)))
+    print("bytes", used)
 """
 
 
 def test_memory_stays_flat_over_an_epoch_of_a_folder_too_large_for_memory(tmp_path):
-    """Main and loader process together, freed memory kept as in training, in a process of its own, where no other test has freed any.
-    A batch left behind would be 150 kB an image; the bound is a tenth of that."""
+    """Main and loader process together. A batch left behind would be 150 kB an image; the bound is
+    a tenth of that."""
     Image.effect_noise((80, 80), 60).save(tmp_path / "0.jpg")
     for i in range(1, 1600):
         os.link(tmp_path / "0.jpg", tmp_path / f"{i}.jpg")
-    said = subprocess.run([sys.executable, "-c", EPOCH_OF_A_FOLDER, str(tmp_path)], capture_output=True, text=True, check=True,
-                          cwd=ROOT).stdout
-    assert "too many for memory" in said
+    said = subprocess.run([sys.executable, "-c", EPOCH_OF_A_FOLDER, str(tmp_path)], text=True,
+                          capture_output=True, check=True, cwd=ROOT).stdout
     used = [int(line.split()[1]) for line in said.splitlines() if line.startswith("bytes")]
     assert len(used) == 25
-    assert slope(used[5:]) / 64 < 15000, f"{slope(used[5:]) / 64:.0f} bytes an image"  # the first batches fill buffers
-
-
-def test_rare_checkpoints_where_they_are_slow(tmp_path, monkeypatch):
-    """A checkpoint that takes a second is written every fifty seconds at most: 2% of the time."""
-    clock, saves = [0.0], []
-    monkeypatch.setattr(checkpoint.time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(checkpoint, "save_checkpoint", lambda *run: (saves.append(clock[0]), clock.__setitem__(0, clock[0] + 1.0)))
-    model = torch.nn.Linear(1, 1)
-    saver = checkpoint.Saver(tmp_path, tiny(tmp_path, checkpoint_minutes=0.0), model, None, None, checkpoint.Progress(), {})
-    while clock[0] < 1000:
-        clock[0] += 0.5
-        saver.save_if_due()
-    assert 18 <= len(saves) <= 20 and len(saves) * 1.0 / clock[0] <= 0.02
+    assert slope(used[5:]) / 64 < 15000, f"{slope(used[5:]) / 64:.0f} bytes an image"

@@ -1,4 +1,4 @@
-"""Claims about the embedded images: the same everywhere, and no kind told by colour, place or amount of shape."""
+"""Claims about the synthetic images: no kind is told by its color, position or amount of shape."""
 
 import pytest
 import torch
@@ -19,12 +19,12 @@ def test_images_are_determined_by_the_seed_alone(drawn):
 
 def test_the_splits_share_no_image(monkeypatch):
     monkeypatch.setattr("support.shapes.COUNT", {"train": 1000, "test": 1000})
-    train, test = shapes.make("train")[0].flatten(1).float(), shapes.make("test")[0].flatten(1).float()
+    train, test = (shapes.make(split)[0].flatten(1).float() for split in ("train", "test"))
     assert torch.cdist(train, test).min() > 100  # 24 x 24 x 3 pixels of 0..255
 
 
-def test_no_kind_is_told_by_its_mean_colour(drawn):
-    """The mean colour of each kind's images is the overall mean, within 4.5 standard errors of it (30 comparisons)."""
+def test_no_kind_is_told_by_its_mean_color(drawn):
+    """Each kind's mean color is the overall mean within 4.5 standard errors (30 comparisons)."""
     images, labels = drawn
     means = images.mean(dim=(2, 3))  # [n, 3]
     error = means.std(dim=0) / 400**0.5
@@ -33,7 +33,10 @@ def test_no_kind_is_told_by_its_mean_colour(drawn):
 
 
 def test_every_kind_has_the_same_mean_image(drawn):
-    """So a linear classifier has nothing but chance alignments to go by: no pixel is off by 5.5 standard errors (17,280 pixels)."""
+    """So a linear classifier has nothing but chance alignments to go by.
+
+    No pixel is off by 5.5 standard errors (17,280 pixels).
+    """
     images, labels = drawn
     means = torch.stack([images[labels == kind].mean(dim=0) for kind in range(10)])  # [10, C, H, W]
     assert ((means - images.mean(dim=0)).abs() < 5.5 * images.std(dim=0) / 400**0.5).all()

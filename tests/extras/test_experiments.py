@@ -1,168 +1,183 @@
-"""Claims about the comparisons: every row can be trained, a finished run is not trained twice, and the table says what the runs scored."""
+"""Claims about the experiments: every row trains, no run trains twice, tables say what is so."""
 
+import importlib
 import json
+import pathlib
+import shlex
 import shutil
+import statistics
 
 import numpy as np
 import pytest
 
-from extras import experiments
 import train
 from config import UsageError
+from extras import experiments
 
-TINY = ["--encoder", "16x2x1", "--batch-size", "16", "--max-steps", "2", "--held-out", "0", "--device", "cpu"]
+ROOT = pathlib.Path(experiments.__file__).parents[1]
+TINY = ["--encoder", "16x2x1", "--predictor", "8x1x1", "--batch-size", "16", "--max-steps", "2",
+        "--held-out", "0", "--device", "cpu"]
+FEW = {name: experiments.ABLATIONS[name] for name in ("I-JEPA as it is", "masks: raster")}
 
 
-@pytest.fixture(autouse=True)
-def few_shapes(tmp_path, monkeypatch):
-    monkeypatch.setattr("support.shapes.COUNT", {"train": 3000, "test": 100})
-    monkeypatch.setattr("support.shapes.make.__defaults__", (100,))
+@pytest.fixture
+def noise(tmp_path, monkeypatch):
+    """Flags for a data set of noise in an empty working folder; programs run in this process."""
+    images = np.random.default_rng(0).integers(0, 256, (2, 1000, 24, 24, 3), dtype=np.uint8)
+    np.savez(tmp_path / "noise.npz", train_images=images[0], train_labels=np.arange(1000) % 10,
+             test_images=images[1, :100], test_labels=np.arange(100) % 10)
     monkeypatch.chdir(tmp_path)
     for folder in ("results", "images"):
         (tmp_path / folder).mkdir()
+    monkeypatch.setattr(experiments, "call", run_here)
+    return [*TINY, "--dataset", str(tmp_path / "noise.npz")]
 
 
-def test_every_ablation_is_a_command_that_train_accepts():
-    for flags, paper in experiments.ABLATIONS.values():
-        run = experiments.config.from_arguments(experiments.config.parser("").parse_args(flags))
-        experiments.methods.build(run)
-        assert paper
+def run_here(command, quiet=False):
+    """Run the program of a command in this process."""
+    words = shlex.split(command)[1:]
+    module, flags = (words[1], words[2:]) if words[0] == "-m" else (words[0][:-3], words[1:])
+    importlib.import_module(module).main(flags)
 
 
-def test_the_comparison_trains_each_run_once_and_its_table_is_their_mean(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(experiments, "steps_in_the_time_of_one", lambda args, flags: 2.0 if "mae" in flags else 1.0)
-    experiments.main(["comparison", "--seeds", "0", "1", "--finetune", "0", *TINY])
-    rows = json.loads((tmp_path / "results/comparison.json").read_text())["rows"]
-    assert set(rows) == {"I-JEPA", "random init", "MAE", "MAE, equal seconds", "supervised"}
-    assert "--epochs 20" in rows["MAE, equal seconds"]["runs"][0]["command"]  # twice the preset's ten
-    mean = 50 * sum(run["linear"] for run in rows["MAE"]["runs"])
-    table = (tmp_path / "results/comparison.md").read_text()
-    assert f"| MAE | {mean:.1f} ± " in table and table in capsys.readouterr().out
-    monkeypatch.setattr(train, "train", lambda *_: pytest.fail("a finished run is trained again"))
-    experiments.main(["comparison", "--seeds", "0", "1", "--finetune", "0", *TINY])
+def rows_of(name):
+    return json.loads(pathlib.Path(f"results/{name}.json").read_text())["rows"]
 
 
-def test_side_by_side_too_each_run_of_the_comparison_is_trained_once(tmp_path, monkeypatch):
-    """I-JEPA's run stands in two rows, its own and that of its untrained encoder: two processes must not write one folder."""
-    commands = []
-    monkeypatch.setattr(experiments, "steps_in_the_time_of_one", lambda *_: 1.0)
-    monkeypatch.setattr(experiments.subprocess, "run", lambda words, **_: commands.append(words))
-    experiments.main(["comparison", "--finetune", "0", "--jobs", "2", *TINY])
-    folders = [words[words.index("--out") + 1] for words in commands]
-    assert sorted(folders) == [f"runs/experiments/shapes-{name}-0" for name in ("i-jepa", "mae", "supervised")]
+@pytest.mark.parametrize("preset, rows", [
+    ("shapes", experiments.ABLATIONS), ("shapes", experiments.BUDGETS),
+    ("cifar10", experiments.RECIPE)])
+def test_every_row_is_a_command_that_its_program_accepts(preset, rows, noise, monkeypatch):
+    trained = []
+    monkeypatch.setattr(train, "train", lambda config, *rest, **named: trained.append(config))
+    for program, flags, *_ in rows.values():
+        run_here(f"python {program} --preset {preset} {flags} {shlex.join(noise[-2:])}")
+    assert len(trained) == len(rows)
 
 
-def test_a_table_grows_on_another_machine_from_what_results_knows(tmp_path, monkeypatch):
-    """The runs themselves are gone there: only the third seed is trained, the other two are taken from the file."""
-    monkeypatch.setattr(experiments, "steps_in_the_time_of_one", lambda args, flags: 2.0 if "mae" in flags else 1.0)
-    flags = ["--finetune", "0", "--epochs", "3", *TINY]
-    experiments.main(["comparison", "--seeds", "0", "1", *flags])
-    before = json.loads((tmp_path / "results/comparison.json").read_text())["rows"]
-    shutil.rmtree(tmp_path / "runs")
-    monkeypatch.setattr(experiments, "steps_in_the_time_of_one", lambda *_: pytest.fail("timed twice"))
-    experiments.main(["comparison", "--seeds", "0", "1", "2", *flags])
-    after = json.loads((tmp_path / "results/comparison.json").read_text())["rows"]
-    assert {name: row["runs"][:2] for name, row in after.items()} == {name: row["runs"] for name, row in before.items()}
-    assert all(len(row["runs"]) == 3 for row in after.values())
-    assert "--epochs 6" in after["MAE, equal seconds"]["runs"][2]["command"]  # twice those asked for, which come before
-    assert len(list((tmp_path / "runs/experiments").iterdir())) == 4  # four methods and budgets, one seed
+def test_the_comparison_trains_each_run_once_and_shows_their_mean(noise, monkeypatch, capsys):
+    monkeypatch.setattr(experiments, "equal_seconds", lambda args: {"MAE": 2.0, "supervised": 1.5})
+    command = ["comparison", "--seeds", "0", "1", *noise]
+    experiments.main(command)
+    rows = rows_of("comparison")
+    assert list(rows) == ["I-JEPA", "random init", "MAE", "MAE, equal seconds", "supervised",
+                          "supervised, equal seconds"]
+    assert "--epochs 20" in rows["MAE, equal seconds"]["runs"][0]["command"]  # twice the preset's
+    assert len(list(pathlib.Path("runs/experiments").iterdir())) == 10  # random init has no run
+    for name, row in rows.items():
+        mean = 50 * sum(run["linear"] for run in row["runs"])
+        assert f"| {name} | {mean:.1f}" in pathlib.Path("results/comparison.md").read_text()
+    assert pathlib.Path("results/comparison.md").read_text() in capsys.readouterr().out
+    monkeypatch.setattr(train, "train", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(experiments, "equal_seconds", lambda args: pytest.fail("timed again"))
+    experiments.main(command)
 
 
-def test_the_ablations_end_in_a_table_beside_the_papers_numbers_and_a_figure(tmp_path, monkeypatch):
-    few = {name: experiments.ABLATIONS[name] for name in ("I-JEPA as it is", "1 target")}
-    monkeypatch.setattr(experiments, "ABLATIONS", few)
-    experiments.main(["ablations", *TINY])
-    table = (tmp_path / "results/ablations.md").read_text()
-    assert "| 1 target |" in table and "T10: 9.0" in table
-    assert (tmp_path / "images/ablations.png").stat().st_size > 5000
+def test_a_table_grows_by_a_seed_and_a_stopped_command_loses_no_row(noise, monkeypatch):
+    """The run folders are gone: what results/ knows is neither trained again nor lost."""
+    monkeypatch.setattr(experiments, "ABLATIONS", FEW)
+    experiments.main(["ablations", *noise])
+    before = rows_of("ablations")
+    shutil.rmtree("runs")
+    score = experiments.score
 
-
-def test_a_command_that_is_stopped_has_lost_no_row_that_results_knew(tmp_path, monkeypatch):
-    """All rows of one seed come before any of the next; the rows not reached are those of before, beside the new ones."""
-    few = {name: experiments.ABLATIONS[name] for name in ("I-JEPA as it is", "1 target", "2 targets")}
-    monkeypatch.setattr(experiments, "ABLATIONS", few)
-    experiments.main(["ablations", *TINY])
-    shutil.rmtree(tmp_path / "runs")
-    score, scored = experiments.score, []
-
-    def stopped(*args):
-        if len(scored) == 1:
+    def stopped(run, finetune):
+        if run.row == "masks: raster":
             raise KeyboardInterrupt
-        scored.append(args)
-        return score(*args)
+        return score(run, finetune)
 
     monkeypatch.setattr(experiments, "score", stopped)
     with pytest.raises(KeyboardInterrupt):
-        experiments.main(["ablations", "--seeds", "0", "1", *TINY])
-    rows = json.loads((tmp_path / "results/ablations.json").read_text())["rows"]
-    assert {name: len(row["runs"]) for name, row in rows.items()} == {"I-JEPA as it is": 2, "1 target": 1, "2 targets": 1}
+        experiments.main(["ablations", "--seeds", "0", "1", *noise])
+    after = rows_of("ablations")
+    assert {name: row["runs"][0] for name, row in after.items()} == {
+        name: row["runs"][0] for name, row in before.items()}
+    assert [len(row["runs"]) for row in after.values()] == [2, 1]
+    table = pathlib.Path("results/ablations.md").read_text()
+    assert "| masks: raster |" in table and "T6: 15.5" in table
 
 
-def test_a_folder_that_holds_a_run_of_other_settings_is_not_taken_for_the_one_asked(tmp_path, monkeypatch):
-    monkeypatch.setattr(experiments, "ABLATIONS", {"I-JEPA as it is": ([], "")})
-    experiments.main(["ablations", *TINY])
-    with pytest.raises(UsageError, match="I-JEPA-as-it-is-0 holds a run of .*--max-steps 2.*, asked is .*--max-steps 3"):
-        experiments.main(["ablations", *TINY, "--max-steps", "3"])
-    assert json.loads((tmp_path / "results/ablations.json").read_text())["rows"] == {}
+def test_the_ablations_end_in_a_figure_and_fine_tuning_is_a_column(noise, monkeypatch):
+    monkeypatch.setattr(experiments, "ABLATIONS", FEW)
+    experiments.main(["ablations", *noise])
+    assert pathlib.Path("images/ablations.png").stat().st_size > 5000
+    monkeypatch.setattr(train, "train", lambda *_, **__: pytest.fail("trained again"))
+    experiments.main(["ablations", "--finetune", "1", *noise])
+    assert "| 10% | fine-tuned | seeds |" in pathlib.Path("results/ablations.md").read_text()
 
 
-def test_scores_with_another_number_of_labels_are_measured_anew_and_the_run_is_not_trained_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(experiments, "ABLATIONS", {"I-JEPA as it is": ([], "")})
-    experiments.main(["ablations", *TINY])
-    monkeypatch.setattr(train, "train", lambda *_: pytest.fail("trained again"))
-    for labels in ("0", "2000"):  # all 3,000, and fewer
-        experiments.main(["ablations", "--labels", labels, *TINY])
-        (run,) = json.loads((tmp_path / "results/ablations.json").read_text())["rows"]["I-JEPA as it is"]["runs"]
-        assert run["labels"] == int(labels)
+def test_a_stopped_run_is_resumed_and_one_of_other_settings_is_not_taken_for_it(noise, monkeypatch):
+    monkeypatch.setattr(experiments, "ABLATIONS", {"as it is": ("train.py", "", "-")})
+    step, steps = train.train_step, []
+
+    def interrupted(*args):
+        steps.append(args)
+        if len(steps) == 2:
+            raise KeyboardInterrupt
+        return step(*args)
+
+    command = ["ablations", *noise, "--checkpoint-minutes", "0"]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "train_step", interrupted)
+        experiments.main(command)
+    with pytest.raises(UsageError, match="holds a run of .*--max-steps 2.*, not .*--max-steps 3"):
+        experiments.main([*command, "--max-steps", "3"])
+    assert not pathlib.Path("results/ablations.json").exists()  # nothing was scored yet
+    experiments.main(command)
+    assert rows_of("ablations")["as it is"]["runs"][0]["steps"] == 2
+
+
+def test_runs_are_trained_side_by_side_in_processes_of_their_own(noise, monkeypatch):
+    """And score what they score one after the other."""
+    monkeypatch.setattr(experiments, "ABLATIONS", FEW)
+    experiments.main(["ablations", *noise])
+    alone = rows_of("ablations")
+    for folder in ("runs", "results"):
+        shutil.rmtree(folder)
+    pathlib.Path("results").mkdir()
+    pathlib.Path("train.py").symlink_to(ROOT / "train.py")
+    monkeypatch.undo()  # call is the real one again
+    monkeypatch.chdir(pathlib.Path(noise[-1]).parent)
+    monkeypatch.setattr(experiments, "ABLATIONS", FEW)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    experiments.main(["ablations", "--jobs", "2", *noise])
+    for name, row in rows_of("ablations").items():
+        assert row["runs"][0]["linear"] == alone[name]["runs"][0]["linear"]
+    with pytest.raises(UsageError, match="--no-such"):
+        experiments.main(["ablations", "--jobs", "2", *noise, "--no-such", "1"])
+
+
+def test_a_step_is_timed_without_those_that_warm_up(tmp_path, monkeypatch):
+    """A second to start, then a tenth a step: images_per_second is the mean since the start."""
+
+    def fake(command, quiet):
+        folder = pathlib.Path(shlex.split(command)[-1])
+        rows = [f"{n},{128 * n / (1 + 0.1 * n)}" for n in range(1, 51)]
+        (folder / "metrics.csv").write_text("\n".join(["step,images_per_second", *rows]))
+
+    monkeypatch.setattr(experiments, "call", fake)
+    args = type("Args", (), {"preset": "shapes", "flags": []})
+    assert experiments.time_steps(args, "train.py") == pytest.approx(40 * 0.1 / 128)
+
+
+def test_equal_seconds_is_the_median_of_rounds(monkeypatch):
+    """A round in which the machine was busy, for one method or for all, changes nothing."""
+    times = iter([(3.0, 1.0, 2.0), (30.0, 10.0, 20.0), (3.0, 9.0, 2.0)])
+    monkeypatch.setattr(experiments, "time_steps", lambda args, program: next(one))
+    one = iter([value for row in times for value in row])
+    assert experiments.equal_seconds(None, rounds=3) == {"MAE": 3.0, "supervised": 1.5}
 
 
 def test_gains_are_taken_seed_by_seed():
-    """A seed that is lucky for both rows counts for neither: 70 and 80 beside 75 and 85 is a gain of five, without spread."""
+    """A seed that is lucky for both rows counts for neither: 70, 80 and 75, 85 is a gain of 5."""
+
     def row(*scores):
-        return {"paper": "-", "runs": [{"seed": seed, "linear": linear} for seed, linear in scores]}
+        runs = [{"seed": seed, "linear": linear} for seed, linear in scores]
+        return {"paper": "-", "runs": runs}
 
-    rows = {"as it is": row((0, 0.7), (1, 0.8)), "better": row((1, 0.85), (0, 0.75)), "worse": row((1, 0.7),)}
-    lines = experiments.markdown(rows, "", "").splitlines()
-    assert lines[-3].endswith("| 75.0 ± 7.1 | 2 |  | - |")
-    assert lines[-2].endswith("| 80.0 ± 7.1 | 2 | +5.0 ± 0.0 | - |") and lines[-1].endswith("| 70.0 | 1 | -10.0 | - |")
-
-
-def test_the_levers_of_the_recipe_are_trained_side_by_side_and_end_as_if_one_after_the_other(tmp_path, monkeypatch):
-    few = {name: experiments.RECIPE[name] for name in ("preset", "EMA .98")}
-    monkeypatch.setattr(experiments, "RECIPE", few)
-    data = np.random.default_rng(0).integers(0, 256, (2, 3000, 8, 8), dtype=np.uint8)
-    np.savez(tmp_path / "noise.npz", train_images=data[0], train_labels=np.arange(3000) % 10, test_images=data[1, :100],
-             test_labels=np.arange(100) % 10)
-    flags = ["recipe", "--preset", "cifar10", "--dataset", str(tmp_path / "noise.npz"), "--image-size", "16", *TINY]
-    flags += ["--predictor", "8x1x1", "--context-size", "2", "--min-keep", "1"]
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "train", lambda *_: pytest.fail("trained here, not by a process of its own"))
-        experiments.main([*flags, "--jobs", "2"])
-    side_by_side = json.loads((tmp_path / "results/recipe_cifar10.json").read_text())["rows"]
-    assert list(side_by_side) == list(few)
-    for folder in ("runs", "results"):
-        shutil.rmtree(tmp_path / folder)
-    (tmp_path / "results").mkdir()
-    experiments.main(flags)
-    alone = json.loads((tmp_path / "results/recipe_cifar10.json").read_text())["rows"]
-    for name in few:
-        assert side_by_side[name]["runs"][0]["linear"] == alone[name]["runs"][0]["linear"]
-
-
-def test_every_lever_of_the_recipe_is_a_command_that_train_accepts():
-    for flags in experiments.RECIPE.values():
-        arguments = experiments.config.parser("").parse_args(["--preset", "cifar10", *flags])
-        experiments.methods.build(experiments.config.from_arguments(arguments))
-
-
-def test_budgets_are_minutes_that_the_schedules_are_fitted_to(tmp_path, monkeypatch):
-    monkeypatch.setattr(experiments, "BUDGETS", (0.02,))
-    experiments.main(["budgets", *[word for word in TINY if word not in ("--max-steps", "2")], "--labels", "0"])
-    (run,) = json.loads((tmp_path / "results/budgets.json").read_text())["rows"]["0.02 min"]["runs"]
-    assert run["seconds"] < 60 and "--max-minutes 0.02" in run["command"]
-    assert "all labelled images" in (tmp_path / "results/budgets.md").read_text()
-
-
-def test_a_flag_that_train_does_not_know_is_refused():
-    with pytest.raises(UsageError, match="--no-such"):
-        experiments.main(["ablations", "--no-such", "1"])
+    rows = {"as it is": row((0, 0.7), (1, 0.8)), "better": row((1, 0.85), (0, 0.75)),
+            "worse": row((1, 0.7))}
+    first, better, worse = experiments.markdown(rows, "", "").splitlines()[-3:]
+    assert first.endswith(f"| 75.0 ± {100 * statistics.stdev((0.7, 0.8)):.1f} | 2 |  | - |")
+    assert better.endswith("| 80.0 ± 7.1 | 2 | +5.0 ± 0.0 | - |")
+    assert worse.endswith("| 70.0 | 1 | -10.0 | - |")
