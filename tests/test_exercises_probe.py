@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import evaluate
 import exercises_probe as checks
 
 
@@ -205,6 +206,11 @@ def test_a_stub_is_not_attempted(answer, capsys):
     name = answer.__name__
     out = said(getattr(checks, f"check_{name}"), lambda *_: None, capsys)
     assert out == f"exercise {name}: not attempted"
+
+
+def test_the_modules_own_standardise_passes(capsys):
+    out = said(checks.check_standardised, evaluate.standardise, capsys)
+    assert out.endswith("passed")
 
 
 def test_an_answer_that_raises_does_not_end_the_notebook(capsys):
