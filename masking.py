@@ -76,8 +76,8 @@ class MultiBlockMasking:
     grid's, drawn uniformly for each block. target_aspect is the height / width of a target block,
     relative to the grid's, drawn independently; the context block has the grid's shape.
     context_size: keep exactly this many context patches, chosen at random; 0 keeps all of them.
-    min_keep: least context patches of any image. Where the targets would leave fewer, the last
-    target blocks become copies of the first, as few as possible: see `make_room`.
+    min_keep: least context patches of any image, no fewer than context_size. Where the targets
+    would leave fewer, the last target blocks become copies of the first: see `make_room`.
     Raises UsageError for settings that cannot give a mask.
     """
 
@@ -114,7 +114,7 @@ class MultiBlockMasking:
         if self.context_size:
             key = uniform(B, self.N).masked_fill(~context, -1.0)
             kept = key.topk(self.context_size, dim=1).indices  # [B, context_size]
-            context = torch.zeros_like(context).scatter(1, kept, True)  # [B, N]
+            context &= torch.zeros_like(context).scatter(1, kept, True)  # [B, N]
         return Masks(*to_indices(context), *to_indices(targets))
 
     def draw_blocks(self, B, M, scale, aspect, uniform):

@@ -47,9 +47,9 @@ class PatchEmbed(nn.Module):
 def sincos_positions(grid, width):
     """Fixed 2-D sine-cosine positions of the patches, float32 [N, width] (paper appendix A.1).
 
-    Half of the width encodes the column, half the row: first the sines, then the cosines of
-    coordinate / 10000**(i / K) for i = 0 ... K - 1, with K = width / 4. As in the official code.
-    What K cannot fill of the width stays 0.
+    Half of the width encodes the column, half the row (of three axes, each a third): first the
+    sines, then the cosines of coordinate / 10000**(i / K) for i = 0 ... K - 1, with K = width / 4.
+    As in the official code. What K cannot fill of the width stays 0.
     """
     K = width // (2 * len(grid))
     frequency = 10000.0 ** -(torch.arange(K, dtype=torch.float64) / K)  # [K]
@@ -238,8 +238,8 @@ class IJEPA(nn.Module):
     things prevent it. No gradient reaches the targets, and the encoder that makes them follows
     slowly. After training only the target encoder is kept.
 
-    encoder: an Encoder, or a module with the call encoder(images, indices, valid) that attends to
-    valid patches only, and no state besides its weights (the EMA skips buffers).
+    encoder: an Encoder, or a module with the call encoder(images, indices=None, valid=None) that
+    attends to valid patches only, and no state besides its weights (the EMA skips buffers).
     """
 
     def __init__(self, encoder, predictor, loss="smooth_l1"):
@@ -249,14 +249,14 @@ class IJEPA(nn.Module):
 
     def forward(self, images, masks):
         """Normalised images float [B, C, H, W] and their Masks -> Output."""
-        targets, tokens = self.targets(images, masks)  # [B, M, Nt, D], [B, N, D]
+        targets, tokens = self.make_targets(images, masks)  # [B, M, Nt, D], [B, N, D]
         context = self.context_encoder(images, masks.context, masks.context_valid)  # [B, Nc, D]
         predictions = self.predictor(context, masks)  # [B, M, Nt, D]
         loss = prediction_loss(predictions, targets, masks.targets_valid, self.loss)
         return Output(loss, predictions, targets, tokens)
 
     @torch.no_grad()
-    def targets(self, images, masks):
+    def make_targets(self, images, masks):
         """What is to be predicted [B, M, Nt, D], and the tokens [B, N, D] that it is taken from.
 
         The target encoder sees the whole image; its tokens are layer-normed (without weights, so

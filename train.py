@@ -4,8 +4,8 @@
     python train.py --preset cifar10 --epochs 100         --help lists every setting
     python train.py --out runs/cifar10 --resume           as if it had not stopped
 
-Everything that is scheduled counts *optimizer steps*. With 4 forward passes to a step, a warmup
-that is counted in forward passes lasts 4 times too long.
+Everything that is scheduled counts *optimizer steps*. With 4 forward passes to a step, a warmup of
+5 epochs lasts as many steps as 5 epochs have; counted in passes it would be 4 times too long.
 A run folder holds config.json, metrics.csv, checkpoint.pt, with all that it needs to resume, and
 encoder.pt, the result: the target encoder.
 """
@@ -36,7 +36,9 @@ def cosine(start, end, progress):
 def schedules(config, step, total):
     """Learning rate, weight decay and EMA momentum of step 0 <= step < total (appendix A.1).
 
-    Differs: weight decay follows a cosine, as in the official code; the paper says linearly.
+    The learning rate rises linearly in the first `warmup`, a fraction of the steps, then falls
+    along a cosine; weight decay follows a cosine, the momentum a line.
+    Differs: the paper says that weight decay grows linearly; the official code has the cosine.
     """
     progress = step / max(total - 1, 1)  # 0 at the first step, 1 at the last
     warmup = config.warmup * total  # steps
@@ -132,7 +134,8 @@ def batches_of(config, dataset, masking, kept, device, generator, start):
 
     Without masking, (images, labels). Every epoch is a new shuffle of the images numbered `kept`,
     which depends on the seed and the epoch alone: a run can resume in its middle. Of several
-    processes each gets its own rows of the images, and the masks of all (see distributed.Share).
+    processes each gets its own rows of the images but the masks of the whole batch, of which
+    distributed.Share picks the same rows.
     """
     per_epoch = len(kept) // config.batch_size
     first_epoch, done = divmod(start, per_epoch)
@@ -189,7 +192,8 @@ def train(config, model=None, masking=None, dataset=None, resume=False, override
         if dataset is None:
             dataset = data.load(config.dataset, config.split, config.data_dir, config.image_size)
         if model is None:
-            model, masking = build(config, *dataset.shape)
+            channels, axes = dataset.shape
+            model, masking = build(config, channels, axes)
         kept, held = hold_out(config, len(dataset))
         steps_per_epoch = len(kept) // (config.batch_size * config.accumulation)
         if not steps_per_epoch:

@@ -84,7 +84,7 @@ class NoStopGradient(IJEPA):
         super().__init__(encoder, predictor, loss)
         self.target_encoder = self.context_encoder
 
-    def targets(self, images, masks):
+    def make_targets(self, images, masks):
         tokens = self.target_encoder(images)  # [B, N, D]
         return take(F.layer_norm(tokens, tokens.shape[-1:]), masks.targets), tokens.detach()
 
@@ -93,7 +93,7 @@ class NoTargetNorm(IJEPA):
     """Targets as the target encoder gives them, not layer-normed."""
 
     @torch.no_grad()
-    def targets(self, images, masks):
+    def make_targets(self, images, masks):
         tokens = self.target_encoder(images)  # [B, N, D]
         return take(tokens, masks.targets), tokens
 
@@ -101,7 +101,7 @@ class NoTargetNorm(IJEPA):
 class NoSafeguards(NoStopGradient):
     """Neither stop-gradient nor EMA nor layer norm: nothing prevents collapse."""
 
-    def targets(self, images, masks):
+    def make_targets(self, images, masks):
         tokens = self.target_encoder(images)  # [B, N, D]
         return take(tokens, masks.targets), tokens.detach()
 
@@ -113,7 +113,7 @@ class PixelTargets(IJEPA):
         predictor = predict_pixels(predictor, encoder.patch_embed.project.in_features)
         super().__init__(encoder, predictor, loss)
 
-    def targets(self, images, masks):
+    def make_targets(self, images, masks):
         return take(pixel_targets(images, self.context_encoder.patch_size), masks.targets), None
 
 
@@ -121,7 +121,7 @@ class MaskedTargetInput(IJEPA):
     """The target encoder sees one target block at a time, nothing else; Output.tokens is None."""
 
     @torch.no_grad()
-    def targets(self, images, masks):
+    def make_targets(self, images, masks):
         B, M, _ = masks.targets.shape
         images = images.repeat_interleave(M, dim=0)  # [B*M, C, H, W]
         tokens = self.target_encoder(images, masks.targets.flatten(0, 1),
@@ -136,7 +136,7 @@ class SeveralLayers(IJEPA):
     LAYERS = 3
 
     @torch.no_grad()
-    def targets(self, images, masks):
+    def make_targets(self, images, masks):
         layers = []  # LAYERS of [B, N, D]
         hooks = [block.register_forward_hook(lambda block, given, output: layers.append(output))
                  for block in self.target_encoder.blocks[-self.LAYERS:]]
@@ -175,7 +175,7 @@ class VICReg(IJEPA):
     def forward(self, images, masks):
         if distributed.place()[1] > 1:
             raise UsageError("VICReg's terms need the whole batch in one process, not torchrun")
-        targets, tokens = self.targets(images, masks)  # [B, M, Nt, D], [B, N, D]
+        targets, tokens = self.make_targets(images, masks)  # [B, M, Nt, D], [B, N, D]
         context = self.context_encoder(images, masks.context, masks.context_valid)  # [B, Nc, D]
         predictions = self.predictor(context, masks)  # [B, M, Nt, D]
         loss = prediction_loss(predictions, targets, masks.targets_valid, self.loss)

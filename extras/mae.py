@@ -81,11 +81,11 @@ class MAE(nn.Module):
         encoder sees the whole image in a step. Predictions and targets are [B, 1, Nt, P]."""
         context = self.context_encoder(images, masks.context, masks.context_valid)  # [B, Nc, D]
         predictions = self.predictor(context, masks)  # [B, 1, Nt, P]
-        targets = self.targets(images, masks)  # [B, 1, Nt, P]
+        targets = self.make_targets(images, masks)  # [B, 1, Nt, P]
         loss = prediction_loss(predictions, targets, masks.targets_valid, "l2")
         return Output(loss, predictions, targets, None)
 
-    def targets(self, images, masks):
+    def make_targets(self, images, masks):
         """What is to be predicted [B, 1, Nt, P]: the hidden patches' pixels."""
         return take(pixel_targets(images, self.context_encoder.patch_size), masks.targets)
 

@@ -74,7 +74,7 @@ def test_a_predictor_of_the_mean_target_scores_exactly_the_baseline():
     generator = torch.Generator().manual_seed(0)
     for part in images.split(128):
         masks = masking(len(part), generator)
-        targets, real = model.targets(part, masks)[0], masks.targets_valid
+        targets, real = model.make_targets(part, masks)[0], masks.targets_valid
         total.index_add_(0, masks.targets[real], targets[real])
     model.train().predictor = MeanTarget(total)
     found = diagnostics.measure(model, masking, images)
@@ -95,9 +95,9 @@ def test_measuring_twice_gives_the_same_and_leaves_no_trace():
 class NoStopGradient(IJEPA):
     """The context encoder makes its own targets, and gradients reach them."""
 
-    def targets(self, images, masks):
+    def make_targets(self, images, masks):
         self.target_encoder = self.context_encoder
-        return IJEPA.targets.__wrapped__(self, images, masks)
+        return IJEPA.make_targets.__wrapped__(self, images, masks)
 
 
 def run(tmp_path, capsys, model=None, masking=None):

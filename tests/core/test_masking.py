@@ -142,7 +142,8 @@ def test_the_same_generator_draws_the_same_masks():
 
 
 @pytest.mark.parametrize("settings, checksum", [
-    (dict(grid=(14, 14), min_keep=10), 1080377195), (dict(grid=(8, 8), context_size=16), 1671404593),
+    (dict(grid=(14, 14), min_keep=10), 1080377195),
+    (dict(grid=(8, 8), context_size=16), 1671404593),
     (dict(grid=(4, 6, 6), context_size=12), 1659592637),
 ])
 def test_a_seed_gives_the_masks_that_it_has_always_given(settings, checksum):

@@ -189,7 +189,7 @@ def test_targets_are_the_whole_images_tokens_layer_normed_then_cut_out():
     tokens = model.target_encoder(images())
     deviation = (tokens.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
     normed = (tokens - tokens.mean(-1, keepdim=True)) / deviation
-    targets, whole = model.targets(images(), masks)
+    targets, whole = model.make_targets(images(), masks)
     assert torch.allclose(targets, take(normed, masks.targets), atol=1e-5)
     assert torch.equal(whole, tokens)
 

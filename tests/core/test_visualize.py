@@ -81,7 +81,7 @@ def test_a_predictor_that_knows_the_answer_fills_in_what_the_true_features_do(to
 
     class Oracle(torch.nn.Module):
         def forward(self, context, masks):
-            return model.targets(images[:4], masks)[0]
+            return model.make_targets(images[:4], masks)[0]
 
     gallery = viz.make_gallery(model, images[4:], pictures[4:])
     figure = viz.neighbours_figure(model, Oracle(), images[:4], pictures[:4], masks, gallery)

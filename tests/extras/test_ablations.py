@@ -99,7 +99,7 @@ def test_without_stop_gradient_gradients_reach_the_targets_and_with_it_they_do_n
     for name in ablations.ABLATIONS:
         model, masks = build(name)
         free = name in ("no-stop-gradient", "no-safeguards")
-        assert model.targets(images(), masks)[0].requires_grad == free
+        assert model.make_targets(images(), masks)[0].requires_grad == free
         assert (model.target_encoder is model.context_encoder) == free
 
 
@@ -123,14 +123,14 @@ def test_targets_without_norm_are_the_target_encoders_tokens():
         model, masks = build(name)
         with torch.no_grad():  # so that the norm's own weights show
             model.target_encoder.norm.weight.fill_(3.0)
-        targets, tokens = model.targets(images(), masks)
+        targets, tokens = model.make_targets(images(), masks)
         assert torch.equal(targets, take(model.target_encoder(images()), masks.targets))
         assert torch.equal(tokens, model.target_encoder(images()))
 
 
 def test_pixel_targets_are_of_the_same_blocks():
     model, masks = build("pixel-targets")
-    targets, _ = model.targets(images(), masks)
+    targets, _ = model.make_targets(images(), masks)
     assert torch.equal(targets, take(ablations.pixel_targets(images(), 4), masks.targets))
     assert model(images(), masks).predictions.shape == targets.shape
 
@@ -142,7 +142,7 @@ def test_a_masked_input_hides_the_rest_of_the_image_from_the_target_encoder():
         inside = masks.maps(36)[1][:, 0].view(4, 1, 6, 6)  # the first block
         inside = inside.repeat_interleave(4, dim=2).repeat_interleave(4, dim=3)
         changed = torch.where(inside, images(), torch.randn(4, 3, 24, 24))
-        first, second = (model.targets(x, masks)[0][:, 0][masks.targets_valid[:, 0]]
+        first, second = (model.make_targets(x, masks)[0][:, 0][masks.targets_valid[:, 0]]
                          for x in (images(), changed))
         assert torch.allclose(first, second, atol=1e-5) == (name == "masked-target-input")
 
@@ -154,7 +154,7 @@ def test_targets_of_several_layers_are_their_mean_each_layer_normed():
         x = block(x)
         layers.append(F.layer_norm(x, (16,)))
     wanted = F.layer_norm(torch.stack(layers[-3:]).mean(dim=0), (16,))
-    targets, tokens = model.targets(images(), masks)
+    targets, tokens = model.make_targets(images(), masks)
     assert torch.allclose(targets, take(wanted, masks.targets), atol=1e-6)
     assert torch.equal(tokens, model.target_encoder(images()))
 

@@ -70,7 +70,7 @@ def test_a_predictor_that_knows_the_answer_has_rank_one(toy):
 
     class Oracle(torch.nn.Module):
         def forward(self, context, masks):
-            return model.targets(images[:4], masks)[0]
+            return model.make_targets(images[:4], masks)[0]
 
     knowing = IJEPA(model.context_encoder, Oracle())
     knowing.target_encoder = model.target_encoder

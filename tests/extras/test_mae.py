@@ -90,7 +90,7 @@ def test_a_reconstruction_keeps_what_was_seen_and_a_perfect_decoder_gives_the_im
     assert torch.equal(masked[~hidden], images[~hidden]) and (masked[hidden] == 0).all()
     assert torch.equal(answer[~hidden], images[~hidden])
     assert not torch.allclose(answer[hidden], images[hidden])
-    model.predictor.forward = lambda context, masks: model.targets(images, masks)
+    model.predictor.forward = lambda context, masks: model.make_targets(images, masks)
     torch.testing.assert_close(mae.reconstruct(model, images, masks)[1], images, atol=1e-3, rtol=0)
 
 
