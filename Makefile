@@ -33,7 +33,7 @@ demo: .venv/ready
 	@rm -rf runs/demo
 	$(RUN) train.py --out runs/demo
 	$(RUN) evaluate.py runs/demo
-	$(RUN) -m extras.probes runs/demo
+	$(RUN) -m extras.probes runs/demo --few-labels
 	$(RUN) -m extras.figures runs/demo
 	@echo; echo "All of it is in runs/demo: metrics.csv, encoder.pt, evaluation.json, and the figures named above."
 
@@ -46,7 +46,7 @@ notebooks: .venv/ready
 results: .venv/ready
 	for run in shapes-0 shapes-1 shapes-2 shapes3d-0 shapes3d-1 shapes3d-2; do \
 		preset=$${run%-*}; seed=$${run#*-}; rm -rf runs/$$run; \
-		$(RUN) train.py --preset $$preset --seed $$seed --out runs/$$run && $(RUN) evaluate.py runs/$$run --seed $$seed && \
+		$(RUN) train.py --preset $$preset --seed $$seed --out runs/$$run && $(RUN) evaluate.py runs/$$run && $(RUN) -m extras.probes runs/$$run && \
 		cp runs/$$run/evaluation.json results/$${preset}_seed$$seed.json && \
 		cp runs/$$run/metrics.csv results/$${preset}_seed$${seed}_metrics.csv || exit 1; \
 	done

@@ -2,7 +2,7 @@
 
     python evaluate.py RUN                      prints a table and writes RUN/evaluation.json
     python evaluate.py RUN1 RUN2 RUN3           the same for each, then mean and deviation
-    python evaluate.py RUN --dataset cifar10    transfer: these features, other labels
+    python evaluate.py RUN --dataset cifar10    transfer: writes RUN/evaluation-cifar10.json
 
 An image's features are the average of its patch tokens (paper appendix A.2). The baselines are an
 untrained encoder of the same architecture and the raw pixels: only what exceeds them was learned.
@@ -251,7 +251,7 @@ def collapse_measures(folder, encoder, dataset, seed, device):
     return {"measures": found, "warnings": [*diagnostics.warnings(found, found, 1.0).values()]}
 
 
-def measure_run(encoders, config, about, args, device):
+def measure_run(encoders, config, about, args, seed, device):
     """What evaluation.json holds of the data and the features, and the images to measure on."""
     name = args.dataset or config.dataset
     where = args.data_dir or config.data_dir, config.image_size
@@ -264,33 +264,36 @@ def measure_run(encoders, config, about, args, device):
                              "labelled data with --dataset")
         return {"dataset": name, "features": {}}, dataset.subset(held)
     test_set = test_images(train_set, about, name, *where)
-    train_set = subsample(train_set, args.train_images, args.seed)
-    test_set = subsample(test_set, args.test_images, args.seed)
-    rows = {**encoders, "random": untrained_encoder(config, about, args.seed).to(device)}
+    train_set = subsample(train_set, args.train_images, seed)
+    test_set = subsample(test_set, args.test_images, seed)
+    rows = {**encoders, "random": untrained_encoder(config, about, seed).to(device)}
     return {
         "dataset": name, "split_sizes": {"train": len(train_set), "test": len(test_set)},
         # What answering the commonest class every time would score.
         "chance": test_set.labels.bincount().max().item() / len(test_set),
         "class_names": test_set.class_names,
-        "features": compare(rows, train_set, test_set, config.image_size, device, args.seed),
+        "features": compare(rows, train_set, test_set, config.image_size, device, seed),
     }, test_set
 
 
 def evaluate_run(folder, args, command):
-    """Evaluate one run folder: write its evaluation.json, print it as a table, and return it."""
+    """Evaluate one run folder: write what was found as JSON, print it as a table, and return it."""
     start, device = time.perf_counter(), train.pick_device(args.device)
     encoders, config, about = load_encoders(folder, device)
-    results, measured = measure_run(encoders, config, about, args, device)
+    seed = config.seed if args.seed is None else args.seed
+    results, measured = measure_run(encoders, config, about, args, seed, device)
     program = about.get("program")  # weights from elsewhere have none
     trained = [command_line.command(config, program)] if program else []
     results |= {
         "width": encoders["target"].width,
-        **collapse_measures(folder, encoders["target"], measured, args.seed, device),
-        "seed": args.seed, "seconds": time.perf_counter() - start, "training": about["progress"],
+        **collapse_measures(folder, encoders["target"], measured, seed, device),
+        "seed": seed, "seconds": time.perf_counter() - start, "training": about["progress"],
         "commands": [*trained, command], **provenance(device), "config": asdict(config)}
     results["warnings"] += [f"the linear probe of the {ROWS[name]} did not converge"
                             for name, row in results["features"].items() if not row["converged"]]
-    write_json(Path(folder) / "evaluation.json", results)
+    transfer = results["dataset"] != config.dataset
+    name = f"evaluation-{Path(results['dataset']).stem}.json" if transfer else "evaluation.json"
+    write_json(Path(folder) / name, results)
     print(table(results))
     return results
 
@@ -307,12 +310,12 @@ def parse(argv):
     p.add_argument("--train-images", type=int, default=10_000,
                    help="labelled training images, as many of each class; 0 is all [10000]")
     p.add_argument("--test-images", type=int, default=0, help="test images; 0 is all [0]")
-    p.add_argument("--seed", type=int, default=0,
-                   help="seed of the subsets, the held-out images and the untrained encoder [0]")
+    p.add_argument("--seed", type=int, help="seed of the subsets, the held-out images and the "
+                   "untrained encoder [the run's]")
     p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     args = p.parse_args(argv)
     for name in ("train_images", "test_images", "seed"):
-        check(getattr(args, name) >= 0, name, getattr(args, name), "0 or more")
+        check((getattr(args, name) or 0) >= 0, name, getattr(args, name), "0 or more")
     return args
 
 

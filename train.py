@@ -188,9 +188,9 @@ def train(config, model=None, masking=None, dataset=None, resume=False, override
     Raises UsageError if settings, data and folder do not fit, and if the loss is NaN or infinite.
     """
     device = pick_device(config.device)
+    if dataset is None:
+        dataset = data.load(config.dataset, config.split, config.data_dir, config.image_size)
     with distributed.team(device), checkpoint.open_folder(config, resume) as folder:
-        if dataset is None:
-            dataset = data.load(config.dataset, config.split, config.data_dir, config.image_size)
         if model is None:
             channels, axes = dataset.shape
             model, masking = build(config, channels, axes)
@@ -266,8 +266,8 @@ def look(watch, run, masking):
     """Measure the model, print what looks wrong and what to try, and return the measures."""
     found, warnings = watch(run.model, masking, run.step / run.total, run.device)
     for warning in warnings:
-        tqdm.write(f"warning at step {run.step}: {warning}. Try a lower --lr (now "
-                   f"{run.config.lr:g}), a longer --warmup, or a --momentum closer to 1",
+        tqdm.write(f"warning at step {run.step}: {warning}. Train for longer, or try a lower --lr "
+                   f"(now {run.config.lr:g}), a longer --warmup or a --momentum closer to 1",
                    file=sys.stderr)
     return {name: round(value, 5) for name, value in found.items()}
 

@@ -157,7 +157,7 @@ def score(train_x, train_y, test_x, test_y, folds, seed):
     return found
 
 
-def read_features(results, run):
+def read_features(results, run, few_only=False):
     """Heads, precision@5, folds and few labels of every row: printed, and added to the results."""
     train_y, test_y = run.train_set.labels, run.test_set.labels
     counts = sorted({*LOW_SHOT, run.full // 100, run.full // 10} - {0, 1})  # also 1% and 10%
@@ -167,10 +167,14 @@ def read_features(results, run):
             evaluate.pixels(dataset, run.image_size)[:, None] if encoder is None else
             layer_features(encoder, dataset, run.image_size, run.device)
             for dataset in (run.train_set, run.test_set))
-        row = score(x, train_y, test_x, test_y, run.train_set.folds, run.seed)
-        results["features"][name].update(row)
-        print(f"{ROWS[name]:18}best head {100 * row['best']:.1f} ({row['head']}), precision@5 "
-              f"{100 * row['precision@5']:.1f}")
+        row = {}
+        if few_only:
+            print(ROWS[name])
+        else:
+            row = score(x, train_y, test_x, test_y, run.train_set.folds, run.seed)
+            results["features"][name].update(row)
+            print(f"{ROWS[name]:18}best head {100 * row['best']:.1f} ({row['head']}), precision@5 "
+                  f"{100 * row['precision@5']:.1f}")
         if "folds" in row:
             print(f"{'':18}ten folds {100 * statistics.mean(row['folds']):.1f} ± "
                   f"{100 * statistics.stdev(row['folds']):.1f}")
@@ -179,8 +183,8 @@ def read_features(results, run):
             results["low_shot"]["per_class"] = few.pop("per_class")
             results["low_shot"]["scores"][name] = few
             shots = zip(results["low_shot"]["per_class"], few["mean"])
-            print(f"{'':18}labels of each class, and accuracy: "
-                  + ", ".join(f"{count} {100 * mean:.1f}" for count, mean in shots))
+            print(f"{'':18}accuracy with so many labels of each class: "
+                  + ", ".join(f"{count}: {100 * mean:.1f}" for count, mean in shots))
 
 
 @torch.no_grad()
@@ -254,6 +258,7 @@ def main(argv=None):
     p = command_line.Parser(description="More probes of a run that evaluate.py has evaluated; "
                             "without a flag: heads, few labels, precision@5.")
     p.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    p.add_argument("--few-labels", action="store_true", help="only the curve of few labels")
     p.add_argument("--attentive", type=int, default=0, metavar="EPOCHS", help="an attentive probe")
     p.add_argument("--finetune", type=int, default=0, metavar="EPOCHS", help="fine-tuning")
     p.add_argument("--compare", metavar="OTHER", help="how alike another run's encoder is")
@@ -272,7 +277,7 @@ def main(argv=None):
     if args.compare:
         compare(results, run, args.compare)
     if not (args.attentive or args.finetune or args.compare):
-        read_features(results, run)
+        read_features(results, run, args.few_labels)
     words = sys.argv[1:] if argv is None else map(str, argv)
     results["commands"].append("python -m extras.probes " + shlex.join(words))
     write_json(path, results)

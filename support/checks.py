@@ -10,7 +10,7 @@ class UsageError(ValueError):
 def nearest(word, known):
     """'; did you mean X?' where a known word is spelled nearly like this one; else nothing."""
     known = {name.lower(): name for name in known}
-    close = difflib.get_close_matches(str(word).lower(), known, 1)
+    close = difflib.get_close_matches(str(word).lower(), known, 1, 0.7)
     return f"; did you mean {known[close[0]]}?" if close else ""
 
 

@@ -32,13 +32,14 @@ def announcement(run, dataset, kept, held):
     parts = {"encoder": model.context_encoder, "predictor": getattr(model, "predictor", None)}
     sizes = ", ".join(f"{name} {sum(p.numel() for p in part.parameters()) / 1e6:.2f} M"
                       for name, part in parts.items() if part is not None)
-    where = f"cpu, {torch.get_num_threads()} threads"
+    where = f"cpu, threads: {torch.get_num_threads()}"
     if run.device.type != "cpu":
         where = torch.cuda.get_device_name() if run.device.type == "cuda" else run.device.type
     images = config.batch_size * config.accumulation
+    begun = f"resuming at step {run.step} of {run.total}, " if run.step else ""
     return (f"{dataset.name}: {kept:,} images, {held:,} held out · {type(model).__name__}: "
-            f"{sizes} parameters · {run.total - run.step:,} steps of {images} images on {where} · "
-            f"{run.folder}")
+            f"{sizes} parameters · {begun}{run.total - run.step:,} steps of {images} images on "
+            f"{where} · {run.folder}")
 
 
 def conclude(run):
@@ -83,8 +84,9 @@ class Metrics:
     """Appends rows to metrics.csv; in processes other than the first it does nothing.
 
     When a run resumes, rows after the checkpoint's step are dropped: they will be written again. A
-    value that a row lacks stays empty: features are measured more rarely than the loss. The rows
-    go to what `log_to` names, too. Raises UsageError if its package is not installed.
+    run that was killed before its first checkpoint starts with no rows at all. A value that a row
+    lacks stays empty: features are measured more rarely than the loss. The rows go to what `log_to`
+    names, too. Raises UsageError if its package is not installed.
     """
 
     def __init__(self, config, folder, after, measures):
@@ -95,7 +97,7 @@ class Metrics:
             return
         path = folder / "metrics.csv"
         kept = [{name: row.get(name, "") for name in self.columns}
-                for row in complete_rows(path) if int(row["step"]) <= after]
+                for row in complete_rows(path) if int(row["step"]) <= after] if after else []
         if kept and kept[0]["target_std"]:  # what was measured before training
             self.before = {name: float(kept[0][name]) for name in measures if kept[0][name]}
         self.log = logger(config, folder, after, self.stack)

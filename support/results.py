@@ -56,9 +56,14 @@ def table(results):
                  f"{'':18}{'linear probe':>14}{'kNN':>8}"]
         lines += [f"{ROWS[name]:18}{100 * row['linear']:14.1f}{100 * row['knn']:8.1f}"
                   for name, row in scores.items()] + [""]
-        if scores["pixels"]["knn"] > scores["target"]["knn"]:
-            lines += ["Raw pixels have the better kNN here: some training images match pixel by",
-                      "pixel, and kNN weighs all features alike, where a probe learns to.", ""]
+        ahead = [ROWS[name] for name in ("random", "pixels")
+                 if scores[name]["linear"] >= scores["target"]["linear"]]
+        if ahead:
+            lines += [f"The target encoder is no better than the {' and the '.join(ahead)} by the "
+                      "linear probe: train for longer.", ""]
+        elif scores["pixels"]["knn"] > scores["target"]["knn"]:
+            lines += ["kNN on raw pixels beats kNN on the features here. A linear probe can weigh "
+                      "the features, kNN cannot.", ""]
     else:
         lines = [f"{results['dataset']} has no labels: no probe and no kNN. Name labelled data "
                  "with --dataset."]

@@ -1,4 +1,4 @@
-"""The Python of docs/use.md, run as it stands: features, fine-tuning, bare loop, Lightning, timm."""
+"""The Python of docs/use.md, run as it stands."""
 
 import math
 import os

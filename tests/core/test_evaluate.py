@@ -298,20 +298,22 @@ def test_a_run_without_labels_gets_the_measures_that_need_none(run, monkeypatch,
     assert "effective rank" in printed and "no labels" in printed
 
 
-def result(target_knn, converged=True):
+def result(target_knn, converged=True, target_linear=0.5):
     """What evaluation.json holds, as far as the table reads it."""
-    rows = {name: {"linear": 0.5, "knn": 0.35, "converged": converged}
+    rows = {name: {"linear": 0.4, "knn": 0.35, "converged": converged}
             for name in ("target", "context", "random", "pixels")}
-    rows["target"]["knn"] = target_knn
+    rows["target"] |= {"knn": target_knn, "linear": target_linear}
     return {"dataset": "toy", "split_sizes": {"train": 1000, "test": 10}, "chance": 0.1,
             "features": rows, "width": 8, "warnings": [],
             "measures": {"target_std": 0.8, "rank": 3.0, "cosine": 0.9, "mean_cosine": 0.5}}
 
 
-def test_the_table_admits_it_only_if_the_pixels_win():
-    assert "Raw pixels have the better kNN" in evaluate.table(result(0.30))
+def test_the_table_says_so_if_a_baseline_wins_and_only_then():
+    assert "kNN on raw pixels beats kNN on the features" in evaluate.table(result(0.30))
+    early = evaluate.table(result(0.30, target_linear=0.4))
+    assert "no better than the untrained encoder and the raw pixels" in early
     text = evaluate.table(result(0.40))
-    assert "Raw pixels have" not in text and "chance 10.0%" in text
+    assert "beats" not in text and "no better" not in text and "chance 10.0%" in text
     target = next(line for line in text.splitlines() if line.startswith("target encoder"))
     assert target.split() == ["target", "encoder", "50.0", "40.0"]
 

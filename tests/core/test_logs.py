@@ -37,6 +37,15 @@ def test_a_line_that_a_crash_cut_is_dropped_when_the_run_resumes(tmp_path, tail)
     assert rows(tmp_path) == whole and len(whole) == 4
 
 
+def test_a_run_killed_before_its_first_checkpoint_starts_anew_with_no_row_twice(tmp_path):
+    """The row of step 0, before training, is written before there is any checkpoint."""
+    config, folder = tiny(tmp_path), tmp_path
+    for _ in range(2):
+        with logs.Metrics(config, folder, 0, ("target_std",)) as metrics:
+            metrics.append({"step": 0, "target_std": 0.9})
+    assert [row["step"] for row in rows(folder)] == ["0"]
+
+
 def test_a_kill_while_metrics_are_rewritten_leaves_the_old_ones(tmp_path, monkeypatch):
     train.train(tiny(tmp_path, max_steps=4))
     before = (tmp_path / "metrics.csv").read_text()

@@ -1,4 +1,4 @@
-"""Claims about the benchmark: its FLOPs are those that torch counts; utilization is their product."""
+"""Claims about the benchmark: its FLOPs are those that torch counts."""
 
 import json
 import math
