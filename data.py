@@ -179,17 +179,18 @@ def batches(dataset, batch_size, image_size, device="cpu", order=None, generator
     stored = (dataset.images[numbers] for numbers in own)  # uint8 [B, C, H, W]
     if isinstance(dataset.images, LazyFolder):
         stored = lazy_batches(dataset.images, own, workers)
+    cropped = tuple(crop_scale) != (1.0, 1.0)
     for images, part, row in zip(stored, parts, rows):
         images = normalise(images.to(device, non_blocking=True), dataset.mean, dataset.std)
-        if generator is None:
+        if generator is None or not (cropped or flip):
             yield resize(images, image_size)
             continue
         draws = torch.rand(len(part), 2 * TRIES + images.ndim - 1, generator=generator)[row]
         draws = draws.to(device, non_blocking=True)  # [B, 2 * TRIES + axes + 1]
-        if tuple(crop_scale) == (1.0, 1.0):
-            images = resize(images, image_size)
-        else:
+        if cropped:
             images = random_resized_crop(images, image_size, crop_scale, draws[:, :-1])
+        else:
+            images = resize(images, image_size)
         if flip:
             mirrored = (draws[:, -1] < 0.5).view(-1, *(1,) * (images.ndim - 1))
             images = torch.where(mirrored, images.flip(-1), images)

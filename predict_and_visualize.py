@@ -196,7 +196,7 @@ class Run:
     @property
     def what(self):
         """Data and run, for titles."""
-        return f"{self.images.name}, {self.folder.resolve().name}"
+        return f"run {self.folder.resolve().name} on {self.images.name}"
 
     def take(self, numbers):
         """Some of its images: normalised, and as pictures."""
