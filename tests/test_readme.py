@@ -185,6 +185,15 @@ def test_what_results_says_beside_its_tables_is_so():
     assert f"{min(times):.0f} to {max(times):.0f} s" in said
 
 
+def test_the_spread_over_other_masks_is_reported_though_it_is_worse():
+    said, runs = section("results.md", "Synthetic shapes"), read("core_shapes")["other_masks"]
+    linear, knn = ([run["target"][measure] for run in runs] for measure in ("linear", "knn"))
+    assert f"{percent(linear)} by the linear probe and {percent(knn)} by kNN" in " ".join(
+        said.split())
+    worst, *others = sorted(100 * value for value in linear)
+    assert f"between {others[0]:.1f} and {others[-1]:.1f}" in said and f"at {worst:.1f}" in said
+
+
 def test_the_predictor_finds_the_hidden_patch_and_the_untrained_one_does_not():
     found = read("cifar10_cpu_retrieval")
     ten, one = (f"{100 * found['trained'][f'recall@{k}']:.1f}%" for k in (10, 1))
