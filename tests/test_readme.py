@@ -185,6 +185,16 @@ def test_what_results_says_beside_its_tables_is_so():
     assert f"{min(times):.0f} to {max(times):.0f} s" in said
 
 
+def test_the_current_core_reaches_what_the_one_before_reached():
+    runs = read("core_shapes")["same_masks"]
+    linear, knn = ([run["target"][measure] for run in runs] for measure in ("linear", "knn"))
+    assert f"reaches {percent(linear)} and {percent(knn)}" in section("results.md",
+                                                                      "Synthetic shapes")
+    before = [run["features"]["target"] for run in seeds("shapes")]
+    assert statistics.mean(linear) >= statistics.mean(run["linear"] for run in before)
+    assert statistics.mean(knn) >= statistics.mean(run["knn"] for run in before)
+
+
 def test_the_spread_over_other_masks_is_reported_though_it_is_worse():
     said, runs = section("results.md", "Synthetic shapes"), read("core_shapes")["other_masks"]
     linear, knn = ([run["target"][measure] for run in runs] for measure in ("linear", "knn"))
