@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import confusion_matrix
+from threadpoolctl import threadpool_limits
 from torch import nn
 from tqdm import tqdm
 
@@ -122,7 +123,8 @@ def fit(model, x, y, strength):
     the gradient of the cross-entropy vanishes and the penalty's alone leads to the optimum.
     """
     model.set_params(C=1 / (strength * len(y)), tol=min(1e-4, strength / 1000))
-    return model.fit(x, y)
+    with threadpool_limits(1):  # threads would wait for each other at every small product
+        return model.fit(x, y)
 
 
 def linear_probe(train_x, train_y, test_x, test_y, seed=0, strengths=STRENGTHS, batch_norm=True):

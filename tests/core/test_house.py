@@ -8,7 +8,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[2]
 CORE = ("config", "masking", "models", "data", "diagnostics", "train", "evaluate",
         "predict_and_visualize")
-LIBRARIES = {"torch", "numpy", "tqdm", "matplotlib", "sklearn"}
+LIBRARIES = {"torch", "numpy", "tqdm", "matplotlib", "sklearn", "threadpoolctl"}  # sklearn's own
 
 
 def imported(path):
