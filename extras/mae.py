@@ -19,6 +19,7 @@ import train
 from config import UsageError, check, parse_size
 from masking import Masks
 from models import Encoder, Output, Predictor, initialize, patchify, prediction_loss, take
+from predict_and_visualize import unpatchify
 from support import checkpoint, command_line
 
 PROGRAM = "-m extras.mae --mask-ratio"  # what resumes a run, followed by its ratio
@@ -105,13 +106,6 @@ def build(config, channels=3, axes=2, mask_ratio=0.75):
 # --- what it sees and what it answers -------------------------------------------------------------
 
 
-def unpatchify(patches, grid, p):
-    """`patchify` undone: patches [B, N, C*p*p] of a grid (rows, columns) -> images [B, C, H, W]."""
-    rows, columns = grid
-    pixels = patches.unflatten(2, (-1, p, p)).unflatten(1, grid)  # [B, rows, columns, C, p, p]
-    return pixels.permute(0, 3, 1, 4, 2, 5).reshape(len(patches), -1, rows * p, columns * p)
-
-
 @torch.no_grad()
 def reconstruct(model, images, masks):
     """What an MAE sees, hidden patches 0, and its answer in their place: two [B, C, H, W].
@@ -125,7 +119,7 @@ def reconstruct(model, images, masks):
     answer = model(images, masks).predictions[:, 0] * take(std, hidden) + take(mean, hidden)
     index = hidden[..., None].expand_as(answer)  # [B, Nt, P]
     parts = patches.scatter(1, index, 0.0), patches.scatter(1, index, answer)
-    return tuple(unpatchify(part, encoder.grid, encoder.patch_size) for part in parts)
+    return tuple(unpatchify(part, images.shape[1:], encoder.patch_size) for part in parts)
 
 
 def load_run(folder, device="cpu"):

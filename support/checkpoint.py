@@ -6,7 +6,6 @@ weights_only=True: a checkpoint from a stranger cannot run code.
 
 import contextlib
 import json
-import math
 import os
 import sys
 import time
@@ -235,6 +234,4 @@ class Run:
             self.scaler.load_state_dict(state["scaler"])
         self.generator.set_state(state["generator"])
         self.step = self.saved = about["progress"]["step"]
-        if not math.isfinite(self.step):
-            raise UsageError(f"{self.folder} holds a damaged checkpoint")
         self.start(about["progress"]["seconds"])
