@@ -3,7 +3,7 @@
 # make notebooks  run both notebooks from top to bottom and keep their outputs (minutes)
 # make lint       style checks
 # make results    the runs behind the tables of shapes and volumes, three seeds each (half an hour)
-# make comparison I-JEPA, MAE and supervision, three seeds (hours on a CPU; resumes when stopped)
+# make dial       when do representations beat pixels? three methods, three seeds (hours on a CPU; resumes)
 # make ablations  the paper's ablations at our scale, three seeds (hours on a CPU; likewise)
 # make collapse   what each safeguard against collapse is worth (minutes)
 # make streaming  what a folder too large for memory costs: images/s, memory (minutes)
@@ -16,7 +16,7 @@ RUN := .venv/bin/python
 # Threads wait asleep, not spinning: as fast on an idle machine, many times faster on a busy one.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test notebooks results probe-speed streaming torture collapse comparison ablations lint clean
+.PHONY: demo test notebooks results probe-speed streaming torture collapse dial ablations lint clean
 
 .venv/ready: requirements.txt constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -63,8 +63,8 @@ torture: .venv/tested
 collapse: .venv/ready
 	$(RUN) bench/collapse.py > collapse.tmp && mv collapse.tmp results/collapse.json
 
-comparison: .venv/ready
-	$(RUN) -m extras.experiments comparison --seeds 0 1 2
+dial: .venv/ready
+	$(RUN) -m extras.experiments dial --seeds 0 1 2
 
 ablations: .venv/ready
 	$(RUN) -m extras.experiments ablations --seeds 0 1 2 --measurements 2

@@ -35,6 +35,8 @@ class Config:
     target_aspect: Pair = setting((0.75, 1.5), "height / width of a target block (paper .75 1.5)")
     context_scale: Pair = setting((0.85, 1.0), "area of the context block / grid (paper .85 1)")
     context_size: int = setting(12, "context patches kept, chosen at random; 0 keeps all (paper)")
+    merge_targets: bool = setting(
+        True, "predict all target blocks in one pass, not one pass for each (paper: each)")
     # Model (paper section 3 and appendix A)
     patch_size: int = setting(4, "side of a square patch in pixels (paper 14 or 16)")
     encoder: str = setting(
@@ -44,19 +46,19 @@ class Config:
     # Optimization: every schedule counts optimizer steps
     epochs: int = setting(10, "passes over the training images (paper 300 to 600)")
     max_steps: int = setting(0, "stop after so many steps, schedules fitted to them; 0 is no limit")
-    batch_size: int = setting(128, "images in a forward pass (paper 2048 over 16 GPUs)")
+    batch_size: int = setting(64, "images in a forward pass (paper 2048 over 16 GPUs)")
     accumulation: int = setting(1, "forward passes to an optimizer step")
-    lr: float = setting(4e-3, "learning rate after the warmup (paper 1e-3)")
-    lr_start: float = setting(4e-4, "learning rate at the first step (paper 1e-4)")
+    lr: float = setting(3e-3, "learning rate after the warmup (paper 1e-3)")
+    lr_start: float = setting(3e-4, "learning rate at the first step (paper 1e-4)")
     lr_final: float = setting(1e-6, "learning rate at the last step, along a cosine (paper 1e-6)")
     warmup: float = setting(0.05, "fraction of the steps that warm up (paper 15 of 600 epochs)")
-    betas: Pair = setting((0.9, 0.999), "AdamW's decay rates (official code .9 .999)")
+    betas: Pair = setting((0.9, 0.95), "AdamW's decay rates (official code .9 .999)")
     weight_decay: float = setting(0.04, "weight decay at the first step (paper .04)")
     weight_decay_final: float = setting(
         0.04, "weight decay at the last step, along a cosine (paper .4)")
     clip_grad: float = setting(0.0, "largest gradient norm; 0 does not clip (paper)")
-    momentum: float = setting(0.99, "EMA momentum at the first step (paper .996)")
-    momentum_final: float = setting(0.99, "EMA momentum at the last step, linearly (paper 1)")
+    momentum: float = setting(0.995, "EMA momentum at the first step (paper .996)")
+    momentum_final: float = setting(0.995, "EMA momentum at the last step, linearly (paper 1)")
     # The run
     held_out: int = setting(
         512, "training images kept out to measure the features on, a tenth of all at most")
@@ -65,7 +67,7 @@ class Config:
     device: str = setting(
         "auto", "auto is cuda where there is one, else cpu", ("auto", "cpu", "cuda", "mps"))
     precision: str = setting(
-        "auto", "auto is bf16 on a GPU of capability 8.0 or newer, fp16 on an older one, else fp32",
+        "auto", "auto is bf16 if the GPU or CPU has units for it, fp16 on an older GPU, else fp32",
         ("auto", "fp32", "bf16", "fp16"))
     compile: bool = setting(False, "use torch.compile: slower to start; a CPU needs a C++ compiler")
     checkpoint_minutes: float = setting(2.0, "minutes between two checkpoints")
@@ -79,15 +81,18 @@ CIFAR = dict(
     dataset="cifar10", image_size=32, encoder="192x6x3", predictor="96x4x2", crop_scale=(0.3, 1.0),
     flip=True, context_size=20, epochs=300, batch_size=256, lr=1e-3, lr_start=1e-4,
     weight_decay_final=0.4, momentum=0.996, momentum_final=1.0)
-WHOLE = dict(CIFAR, crop_scale=(1.0, 1.0), flip=False, context_size=0)
+# As in the paper and in other code: all of the context, one pass of the predictor for each block.
+WHOLE = dict(CIFAR, crop_scale=(1.0, 1.0), flip=False, context_size=0, merge_targets=False,
+             betas=(0.9, 0.999))
 PRESETS = {
-    # Synthetic images, minutes on a laptop's CPU: the defaults above. A short run needs a high rate
+    # Synthetic images, minutes on a laptop's CPU: the defaults above. A short run needs many steps
     # and a target encoder that keeps up; a momentum that rises to 1 would freeze it before the end.
     "shapes": {},
     # Synthetic volumes, likewise.
     "shapes3d": dict(
-        dataset="shapes3d", image_size=16, epochs=25, lr=8e-3, lr_start=8e-4, momentum=0.98,
-        momentum_final=0.98, context_size=20),
+        dataset="shapes3d", image_size=16, epochs=25, batch_size=128, lr=8e-3, lr_start=8e-4,
+        betas=(0.9, 0.999), momentum=0.98, momentum_final=0.98, context_size=20,
+        merge_targets=False),
     # Volumes of organs, 28 voxels a side; --dataset takes its relatives, such as nodulemnist3d. Not
     # mirrored, for the left and the right kidney are two classes.
     "medmnist3d": dict(
@@ -119,8 +124,8 @@ PRESETS = {
     # long warmup: without it the features of different images first become alike.
     "small": dict(
         image_size=32, patch_size=8, encoder="48x2x2", predictor="32x1x2", num_targets=2,
-        context_size=0, epochs=30, batch_size=64, lr=6e-3, lr_start=6e-4, lr_final=1e-3, warmup=0.5,
-        betas=(0.9, 0.95), weight_decay=0.1, weight_decay_final=0.1, momentum=0.98,
+        context_size=0, merge_targets=False, epochs=30, batch_size=64, lr=6e-3, lr_start=6e-4,
+        lr_final=1e-3, warmup=0.5, weight_decay=0.1, weight_decay_final=0.1, momentum=0.98,
         momentum_final=0.98),
 }
 # Named encoders: width, depth, heads (the ViT papers; huge as in I-JEPA's appendix A.1).

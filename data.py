@@ -19,7 +19,7 @@ from support.folder import LazyFolder, image_files, lazy_batches, read_folder
 
 # Mean and standard deviation of each channel over the training images, pixels scaled to 0..1.
 STATISTICS = {
-    "shapes": ((0.436, 0.436, 0.436), (0.259, 0.260, 0.260)),
+    "shapes": ((0.498, 0.498, 0.498), (0.318, 0.318, 0.318)),
     "shapes3d": ((0.448,), (0.192,)),
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),

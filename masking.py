@@ -78,14 +78,17 @@ class MultiBlockMasking:
     context_size: keep exactly this many context patches, chosen at random; 0 keeps all of them.
     min_keep: least context patches of any image, no fewer than context_size. Where the targets
     would leave fewer, the last target blocks become copies of the first: see `make_room`.
+    merge_targets: give the union of an image's target blocks as its only block, M = 1, so that the
+    predictor answers for all of them in one pass; a patch of two blocks then counts once.
     Raises UsageError for settings that cannot give a mask.
     """
 
     def __init__(self, grid, num_targets=4, target_scale=(0.15, 0.2), target_aspect=(0.75, 1.5),
-                 context_scale=(0.85, 1.0), context_size=0, min_keep=4):
+                 context_scale=(0.85, 1.0), context_size=0, min_keep=4, merge_targets=False):
         self.grid, self.N, self.num_targets = tuple(grid), math.prod(grid), num_targets
         self.target_scale, self.target_aspect = target_scale, target_aspect
         self.context_scale, self.context_size = context_scale, context_size
+        self.merge_targets = merge_targets
         self.min_keep = max(min_keep, context_size)
         check(1 <= num_targets <= self.N, "num_targets", num_targets, f"from 1 to {self.N}")
         check_range("target_scale", target_scale, 1e-6, 1)
@@ -111,6 +114,8 @@ class MultiBlockMasking:
         context = self.draw_blocks(B, 1, self.context_scale, (1.0, 1.0), uniform)[:, 0]  # [B, N]
         targets, context = self.make_room(targets, context)  # [B, M, N], [B, N]
         context = context & ~targets.any(dim=1)
+        if self.merge_targets:
+            targets = targets.any(dim=1, keepdim=True)  # [B, 1, N]
         if self.context_size:
             key = uniform(B, self.N).masked_fill(~context, -1.0)
             kept = key.topk(self.context_size, dim=1).indices  # [B, context_size]

@@ -75,8 +75,9 @@ def take(tokens, indices):
 def explicit_attention(q, k, v, mask=None):
     """Softmax attention written out: q, k, v [B, nh, N, D/nh] -> [B, nh, N, D/nh].
 
-    mask: bool, broadcast to [B, nh, N, N], True where a query may attend to a key. The definition,
-    to be read: the model calls the fused kernel, which the tests prove equal to it.
+    mask: bool, broadcast to [B, nh, N, N], True where a query may attend to a key. On a CPU the
+    model computes attention so: in bfloat16 that is faster than the fused kernel, which it calls
+    elsewhere and which the tests prove equal.
     """
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # [B, nh, N, N]
     if mask is not None:
@@ -100,7 +101,8 @@ class Attention(nn.Module):
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # [B, N, 3, nh, D/nh]
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, nh, N, D/nh]
         mask = None if valid is None else valid[:, None, None, :]  # [B, 1, 1, N]
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # [B, nh, N, D/nh]
+        attend = explicit_attention if x.device.type == "cpu" else F.scaled_dot_product_attention
+        x = attend(q, k, v, mask)  # [B, nh, N, D/nh]
         return self.project(x.transpose(1, 2).flatten(2))  # [B, N, D]
 
 

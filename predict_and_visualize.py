@@ -79,8 +79,9 @@ def mask_figure(pictures, masks, grid, title=""):
     pale = 0.25 * pictures + 0.75
     for m, block in enumerate(targets.unbind(1)):  # each [B, H, W]
         color = pictures.new_tensor(to_rgb(COLORS[m % len(COLORS)])).view(3, 1, 1)
-        tinted = 0.45 * pictures + 0.55 * color
-        columns.append((f"target block {m + 1}", torch.where(block[:, None], tinted, pale)))
+        tinted = 0.6 * pictures + 0.4 * color
+        name = f"target block {m + 1}" if targets.shape[1] > 1 else "targets, merged"
+        columns.append((name, torch.where(block[:, None], tinted, pale)))
     return table(columns, title)[0]
 
 

@@ -63,7 +63,8 @@ def build(config, channels=3, axes=2):
                       channels)
     predictor = Predictor(encoder.width, encoder.grid, *parse_size(config.predictor, "predictor"))
     masking = MultiBlockMasking(encoder.grid, config.num_targets, config.target_scale,
-                                config.target_aspect, config.context_scale, config.context_size)
+                                config.target_aspect, config.context_scale, config.context_size,
+                                merge_targets=config.merge_targets)
     return IJEPA(encoder, predictor, config.loss), masking
 
 
@@ -76,17 +77,19 @@ def build_optimizer(config, model):
 
 
 def pick_precision(config, device):
-    """The dtype of the forward pass: what the setting says, or the best the hardware has.
+    """The dtype of the forward pass: what the setting says, or the fastest the hardware has.
 
     bfloat16 has float32's range; float16, for cards without bfloat16, needs its loss scaled.
     """
-    if config.precision != "auto":
-        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[
-            config.precision]
-    if device.type != "cuda":
-        return torch.float32
-    has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
-    return torch.bfloat16 if has_bf16 else torch.float16
+    name = config.precision
+    if name == "auto" and device.type == "cuda":
+        name = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+    elif name == "auto":
+        units = ("amx_tile", "avx512_bf16") if device.type == "cpu" else ()
+        # bool() is False: what torch says if it is too old to be asked
+        found = (getattr(torch.cpu, f"_is_{unit}_supported", bool)() for unit in units)
+        name = "bf16" if any(found) else "fp32"
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
 def train_step(config, model, optimizer, scaler, batches, step, total):

@@ -148,6 +148,31 @@ def low_shot_figure(results):
     return figure
 
 
+def dial_figure(rows):
+    """Linear probe and kNN over the dial, a line for each method: rows "METHOD, detail X" of
+    results/dial.json, the mean as a line, each seed as a dot."""
+    figure = Figure(figsize=(7.4, 3.6), layout="constrained")
+    for axes, (measure, label) in zip(figure.subplots(1, 2, sharey=True),
+                                      (("linear", "linear probe"), ("knn", "kNN"))):
+        lines = {}  # method -> details, and the seeds' accuracies at each
+        for name, row in rows.items():
+            method, detail = name.split(", detail ")
+            lines.setdefault(method, []).append(
+                (float(detail), [100 * run[measure] for run in row["runs"]]))
+        for color, (method, points) in zip((COLORS[4], COLORS[0], COLORS[2]), lines.items()):
+            axes.plot([x for x, _ in points], [np.mean(y) for _, y in points], color=color,
+                      label=method if measure == "linear" else None)
+            for x, y in points:
+                axes.plot([x] * len(y), y, ".", color=color, markersize=5)
+        axes.set_title(label, fontsize=10)
+        axes.set_xlabel("share of the contrast that is confetti", fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel("test accuracy, %", fontsize=9)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    figure.suptitle("When the detail cannot be predicted, who still learns the shape?", fontsize=10)
+    return figure
+
+
 def ablations_figure(rows, title=""):
     """Linear probe and kNN of each row of results/ablations.json: the mean as a bar, each seed as a
     dot, the first row (nothing taken away) as a line."""

@@ -2,8 +2,8 @@
 
     python -m extras.experiments comparison                 at equal epochs and at equal seconds
     python -m extras.experiments ablations --seeds 0 1 2    masks, targets, predictor
-    python -m extras.experiments recipe --preset cifar10 --epochs 20 --jobs 6
-    python -m extras.experiments budgets --preset cifar10   what 1 to 100 epochs reach
+    python -m extras.experiments recipe --seeds 0 1         more from each second, on CIFAR-10
+    python -m extras.experiments dial --seeds 0 1 2         how much detail can be predicted?
 
 A run is a process of its own, `python PROGRAM FLAGS`, in runs/experiments. Flags that are not
 listed by --help go to every run. Scores are written to results/NAME.json and NAME.md after each
@@ -23,6 +23,7 @@ from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 import data
@@ -31,7 +32,7 @@ import evaluate
 import train
 from config import UsageError
 from extras import charts, probes, trained_heads
-from support import checkpoint, command_line
+from support import checkpoint, command_line, shapes
 from support.results import provenance, write_json
 
 FOLDER, LABELS = Path("runs/experiments"), 10_000  # labelled training images of the probes
@@ -63,20 +64,33 @@ ABLATIONS = {
     "momentum 0": ("-m extras.ablations momentum-0", "", "-"),
     "momentum 1": ("-m extras.ablations momentum-1", "", "-"),
 }
+SEVERAL = "-m extras.recipe --masks-per-image"
+# Changes of one recipe, judged on held-out training images after as many seconds as the first row,
+# or the share of them that stands third. SEED is the run's: a student has the teacher of its seed.
 RECIPE = {
-    "preset": ("train.py", ""),
-    "patch 2": ("train.py", "--patch-size 2 --context-size 80"),
-    "context: all of it": ("train.py", "--context-size 0"),
-    "context: cut to the shortest": ("-m extras.ablations truncated-masks", ""),
-    "targets: mean of 3 blocks": ("-m extras.ablations several-layers", ""),
-    "VICReg": ("-m extras.ablations vicreg", ""),
-    "EMA .99": ("train.py", "--momentum .99 --momentum-final .99"),
-    "predictor 2 deep": ("train.py", "--predictor 96x2x2"),
-    "no crops": ("train.py", "--crop-scale 1 1"),
-    "rate 2e-3": ("train.py", "--lr 2e-3 --lr-start 2e-4"),
-    "encoder 384 x 5": ("train.py", "--encoder 384x5x6 --predictor 192x4x3"),
+    "4 masks of 32 images": (f"{SEVERAL} 4", ""),
+    "an MAE, a third of the time": ("-m extras.mae", "--batch-size 128", 1 / 3),
+    "one pass for each target block": (f"{SEVERAL} 4", "--no-merge-targets"),
+    "1 mask of 128 images": (f"{SEVERAL} 1", "--batch-size 128"),
+    "2 masks of 64 images": (f"{SEVERAL} 2", "--batch-size 64"),
+    "4 masks of 64 images": (f"{SEVERAL} 4", "--batch-size 64"),
+    "crops from .3": (f"{SEVERAL} 4", "--crop-scale .3 1"),
+    "no crops": (f"{SEVERAL} 4", "--crop-scale 1 1"),
+    "context of 24 patches": (f"{SEVERAL} 4", "--context-size 24"),
+    "targets of blocks 2, 3, 4": (f"{SEVERAL} 4 --target-blocks 2 3 4", ""),
+    "momentum from 1": (f"{SEVERAL} 4", "--momentum 1 --momentum-final .99"),
+    "encoder 192 wide": (f"{SEVERAL} 4", "--encoder 192x4x3"),
+    "that MAE as frozen teacher, the other two thirds": (
+        f"{SEVERAL} 4 --teacher runs/experiments/recipe-an-MAE-a-third-of-the-time-SEED", "",
+        2 / 3),
 }
-BUDGETS = {f"{n} epochs": ("train.py", f"--epochs {n}") for n in (1, 3, 10, 30, 100)}
+RECIPE_FLAGS = ("--encoder 128x4x2 --predictor 64x2x2 --batch-size 32 --context-size 16 "
+                "--crop-scale .6 1 --lr 1.5e-3 --lr-start 1.5e-4 --lr-final 1e-5 --betas .9 .95 "
+                "--weight-decay .05 --weight-decay-final .05 --clip-grad 3 --momentum .98 "
+                "--momentum-final .999 --held-out 5000 --measurements 5 --epochs 1000 "
+                "--max-steps 7000").split()
+# The dial: how much of the shapes' contrast is confetti, which no context predicts.
+DETAIL = (0.0, 0.5, 1.0)
 
 # --- one run --------------------------------------------------------------------------------------
 
@@ -88,6 +102,7 @@ def plan(args, row, program, flags, seed):
     """The Run of a row with one seed. A row's flags come after the user's, and so win."""
     name = f"{args.table} {'I-JEPA' if row == RANDOM else row} {seed}"
     folder = FOLDER / re.sub(r"\W+", "-", name)
+    program = program.replace("SEED", str(seed))
     words = ["python", *program.split(), "--preset", args.preset, *args.flags, *flags.split(),
              "--seed", str(seed), "--out", str(folder)]
     return Run(row, seed, shlex.join(words), folder)
@@ -121,8 +136,10 @@ def train_run(run, quiet=False):
     call(run.command + " --resume" * started, quiet)
 
 
-def score(run, finetune=0):
+def score(run, finetune=0, held_out=False):
     """What a run's target encoder is worth: a dict of accuracies, fractions, and what they took.
+
+    On test images, or, while choices are still to be made, on the training images held out.
 
     linear, knn, 1% and 10% (linear probes on that part of the labels), fine_tuned if finetune, its
     epochs, is not 0. The row RANDOM scores the same encoder before training.
@@ -132,8 +149,11 @@ def score(run, finetune=0):
     encoder = encoders["target"]
     if run.row == RANDOM:
         encoder = evaluate.untrained_encoder(config, about, run.seed).to(device)
-    full, test = (data.load(config.dataset, split, config.data_dir, config.image_size)
-                  for split in ("train", "test"))
+    full = data.load(config.dataset, "train", config.data_dir, config.image_size)
+    if held_out:
+        full, test = map(full.subset, train.hold_out(config, len(full)))
+    else:
+        test = data.load(config.dataset, "test", config.data_dir, config.image_size)
     few = evaluate.subsample(full, LABELS, run.seed)
     x, test_x = (evaluate.features(encoder, part, config.image_size, device)
                  for part in (few, test))
@@ -186,7 +206,8 @@ class Table:
                 list(tqdm(done, total=len(each), unit="run"))
         for run in missing:
             train_run(run)
-            self.known[run.row, run.command] = found = score(run, self.args.finetune)
+            found = score(run, self.args.finetune, self.args.what == "recipe")
+            self.known[run.row, run.command] = found
             print(f"{run.row:36}{100 * found['linear']:8.1f}")
             self.write()
         self.write()
@@ -197,8 +218,9 @@ class Table:
         about = {"command": args.command, "seeds": args.seeds, "note": args.note,
                  **provenance(train.pick_device("auto"))}
         write_json(self.path, {**about, "equal_seconds": self.ratios, "rows": rows})
+        which = "held-out training images" if args.what == "recipe" else "test images"
         text = (f"`{args.command}`, {about['date'][:10]}; percent, frozen target encoder, "
-                f"{LABELS:,} labelled images; ± over seeds. {args.note}")
+                f"{LABELS:,} labelled images, {which}; ± over seeds. {args.note}")
         table = markdown(rows, f"{args.what} on {args.preset}", text)
         self.path.with_suffix(".md").write_text(table, encoding="utf-8")
 
@@ -241,24 +263,28 @@ def mean_and_spread(values, sign=""):
 # --- the experiments ------------------------------------------------------------------------------
 
 
-def time_steps(args, program):
-    """How long 40 steps of a program take, after 10 that warm up, in a unit that all share."""
+def time_steps(args, program, more=""):
+    """Seconds that 40 steps of a program take, after 10 that warm up."""
     with tempfile.TemporaryDirectory() as folder:
-        flags = [*args.flags, "--max-steps", "50", "--measurements", "0", "--out", folder]
-        call(shlex.join(["python", *program.split(), "--preset", args.preset, *flags]), quiet=True)
+        flags = [*args.flags, *more.split(), "--max-steps", "50", "--measurements", "0"]
+        call(shlex.join(["python", *program.split(), "--preset", args.preset, *flags, "--out",
+                         folder]), quiet=True)
         with open(Path(folder) / "metrics.csv") as file:
             rows = list(csv.DictReader(file))
-    start, end = (int(row["step"]) / float(row["images_per_second"]) for row in (rows[9], rows[-1]))
+        images = json.loads((Path(folder) / "config.json").read_text())["batch_size"]
+    start, end = (int(row["step"]) * images / float(row["images_per_second"])
+                  for row in (rows[9], rows[-1]))
     return end - start
 
 
-def equal_seconds(args, rounds=5):
-    """How many steps of each method take as long as one of I-JEPA's: the median of short runs in
-    turn, because whatever else the machine does then affects all alike."""
-    times = [{name: time_steps(args, program) for name, program in METHODS.items()}
-             for _ in range(rounds)]
-    return {name: round(statistics.median(time["I-JEPA"] / time[name] for time in times), 3)
-            for name in METHODS if name != "I-JEPA"}
+def equal_seconds(args, rows=None, rounds=5):
+    """How many steps of each row take as long as one of the first row's: the median of short runs
+    in turn, because whatever else the machine does then affects all alike."""
+    rows = rows or {name: (program, "") for name, program in METHODS.items()}
+    times = [{name: time_steps(args, *row) for name, row in rows.items()} for _ in range(rounds)]
+    first = next(iter(rows))
+    return {name: round(statistics.median(time[first] / time[name] for time in times), 3)
+            for name in rows if name != first}
 
 
 def comparison(args, table):
@@ -275,12 +301,52 @@ def comparison(args, table):
     return rows
 
 
+def recipe(args, table):
+    """RECIPE's rows, each with as many steps as fit into the first row's seconds."""
+    args.flags = [*RECIPE_FLAGS, *args.flags]
+    return fitted(args, table, RECIPE, 3)
+
+
+def fitted(args, table, rows, rounds):
+    """The rows with flags for as many steps as fit into the first row's seconds, or a share."""
+    ratios = table.ratios.setdefault(shlex.join(args.flags), {})
+    # A student cannot be timed before its teacher is there; its step is the first row's.
+    timed = {name: row[:2] for name, row in rows.items() if "SEED" not in row[0]}
+    if not ratios.keys() >= {*timed} - {next(iter(timed))}:
+        ratios |= equal_seconds(args, timed, rounds)
+        table.write()  # timed again they would differ, and so would the steps
+    steps = command_line.parse(["--preset", args.preset, *args.flags], "").config.max_steps
+    return {name: (program, f"{flags} --max-steps "
+                   f"{round(steps * ratios.get(name, 1) * (share[0] if share else 1))}")
+            for name, (program, flags, *share) in rows.items()}
+
+
+def dial(args, table):
+    """I-JEPA, MAE and supervision at equal seconds, on shapes with more and more confetti."""
+    args.flags = ["--epochs", "1000", "--max-steps", "3000", "--measurements", "1", *args.flags]
+    methods = fitted(args, table, {name: (program, "") for name, program in METHODS.items()}, 5)
+    rows = {}
+    for detail in DETAIL:
+        path = Path(f"data/dial/shapes-{detail:g}.npz")
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            arrays = {}
+            for split in shapes.COUNT:
+                images, labels, *_ = shapes.make(split, detail=detail)
+                arrays[f"{split}_images"] = images.movedim(1, -1).numpy()
+                arrays[f"{split}_labels"] = labels.numpy()
+            np.savez(path, **arrays)
+        for name, (program, flags) in methods.items():
+            rows[f"{name}, detail {detail:g}"] = program, f"{flags} --dataset {path}"
+    return rows
+
+
 def main(argv=None):
     """Train what is missing, score it, write the table. Raises UsageError if a run fails."""
     parser = command_line.Parser(description="Train, score and tabulate many runs. Flags that are "
                                  "not listed here go to every run.")
-    parser.add_argument("what", choices=("comparison", "ablations", "recipe", "budgets"))
-    parser.add_argument("--preset", default="shapes", help="preset of every run [shapes]")
+    parser.add_argument("what", choices=("comparison", "ablations", "recipe", "dial"))
+    parser.add_argument("--preset", help="preset of every run [shapes; of recipe cifar10]")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds [0]")
     parser.add_argument("--finetune", type=int, default=0, help="epochs of fine-tuning [0: none]")
     parser.add_argument("--jobs", type=int, default=1, help="runs trained at the same time [1]")
@@ -288,16 +354,23 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     args, args.flags = parser.parse_known_args(argv)
     args.command = shlex.join(["python", "-m", "extras.experiments", *argv])
-    args.table = args.what if args.preset == "shapes" else f"{args.what}_{args.preset}"
+    usual = "cifar10" if args.what == "recipe" else "shapes"
+    args.preset = args.preset or usual
+    args.table = args.what if args.preset == usual else f"{args.what}_{args.preset}"
     table = Table(args)
-    rows = {"ablations": ABLATIONS, "recipe": RECIPE, "budgets": BUDGETS}.get(args.what)
-    rows = rows or comparison(args, table)
+    make = {"comparison": comparison, "recipe": recipe, "dial": dial}.get(args.what)
+    rows = make(args, table) if make else ABLATIONS
     table.runs = [plan(args, name, *row[:2], seed) for seed in args.seeds
                   for name, row in rows.items()]
     table.fill()
     if args.what == "ablations":
         title = f"{args.preset}: what each part of I-JEPA is worth"
         charts.ablations_figure(table.rows(), title).savefig(f"images/{args.table}.png", dpi=130)
+    elif args.what == "recipe":
+        title = "CIFAR-10: changes of one recipe, at equal seconds"
+        charts.ablations_figure(table.rows(), title).savefig(f"images/{args.table}.png", dpi=130)
+    elif args.what == "dial":
+        charts.dial_figure(table.rows()).savefig(f"images/{args.table}.png", dpi=130)
     print(table.path.with_suffix(".md").read_text(encoding="utf-8"))
 
 

@@ -5,6 +5,7 @@
     python -m extras.probes RUN --attentive 20       only that: an attentive probe
     python -m extras.probes RUN --finetune 30        only that: the whole encoder on the labels
     python -m extras.probes RUN --compare OTHER      only that: how alike two encoders are
+    python -m extras.probes RUN --segment            only that: where the synthetic shape is
 
 Results are printed and added to RUN/evaluation.json, all accuracies as fractions:
     features.ROW.heads.HEAD   accuracy, held_out_accuracy, strength, converged of each head; ROW is
@@ -16,6 +17,8 @@ Results are printed and added to RUN/evaluation.json, all accuracies as fraction
                               scores.ROW.mean, std: a list each, for target, random and pixels
     attentive, fine_tuned     .ROW: accuracy, held_out_accuracy, rate, for target and random
     compare.OTHER             cka, neighbor_overlap; the same of "untrained"
+    segmentation.ROW          intersection over union of the patches on the shape, told from one
+                              patch's token; "predicted": of hidden patches, from the predictor
 Notation as in evaluate.py; L layers, N patches. What is tuned is tuned on a tenth of the training
 images; test images are predicted once.
 """
@@ -27,6 +30,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from sklearn.linear_model import LogisticRegression
 from torch import nn
 
 import data
@@ -35,7 +39,8 @@ import train
 from config import UsageError, check
 from evaluate import class_rank, linear_probe
 from extras.trained_heads import attentive_probe, fine_tune
-from support import command_line
+from models import patchify, take
+from support import command_line, shapes
 from support.results import ROWS, read_json, write_json
 
 HEADS = {"last": (1, False), "last+bn": (1, True), "last4": (4, False), "last4+bn": (4, True)}
@@ -138,6 +143,49 @@ def neighbor_overlap(x, y, k=10):
 
     same = neighbors(x)[:, :, None] == neighbors(y)[:, None, :]  # [n, k, k]
     return same.any(dim=2).float().mean().item()
+
+
+# --- where the synthetic shape is, told from single patches ---------------------------------------
+
+
+def patch_cover(masks, p):
+    """Whether a shape covers at least half of each patch: bool [n, H, W] -> bool [n, N]."""
+    return F.avg_pool2d(masks[:, None].float(), p).flatten(1) >= 0.5
+
+
+def intersection_over_union(found, true):
+    """Patches found and true over those found or true; two bool tensors of one shape."""
+    return ((found & true).sum() / (found | true).sum()).item()
+
+
+@torch.no_grad()
+def segmentation(model, masking, untrained, n=1000, seed=0):
+    """How well one patch's token tells whether the patch lies on the synthetic shape: a dict of
+    intersections over union on n test images.
+
+    A logistic regression on the layer-normed tokens of n training images reads the tokens of the
+    target encoder, of an untrained encoder, and pixels. "predicted": the first reads, at hidden
+    patches, what the predictor says. So it shows where the predictor imagines the shape to be.
+    """
+    p, rows, readers = model.target_encoder.patch_size, {}, {}
+    images, covers = [], []
+    for split in ("train", "test"):
+        drawn, *_, masks = shapes.make(split)
+        chosen = torch.randperm(len(drawn), generator=torch.Generator().manual_seed(seed))[:n]
+        images.append(data.normalise(drawn[chosen], *data.STATISTICS["shapes"]))  # [n, C, H, W]
+        covers.append(patch_cover(masks[chosen], p))  # [n, N]
+    for name, read in (("target", model.target_encoder), ("random", untrained),
+                       ("pixels", lambda part: patchify(part, p))):
+        tokens = [read(part) for part in images]  # [n, N, D] each
+        x, test_x = (F.layer_norm(part, part.shape[-1:]).flatten(0, 1).numpy() for part in tokens)
+        readers[name] = LogisticRegression(max_iter=1000).fit(x, covers[0].flatten().numpy())
+        found = torch.from_numpy(readers[name].predict(test_x)).view_as(covers[1])
+        rows[name] = intersection_over_union(found, covers[1])
+    masks = masking(len(images[1]), torch.Generator().manual_seed(seed))
+    predictions = model(images[1], masks).predictions[masks.targets_valid]  # [hidden patches, D]
+    found = torch.from_numpy(readers["target"].predict(predictions.numpy()))
+    true = take(covers[1][..., None], masks.targets)[..., 0][masks.targets_valid]
+    return {**rows, "predicted": intersection_over_union(found, true)}
 
 
 # --- what the command adds to evaluation.json -----------------------------------------------------
@@ -261,6 +309,7 @@ def main(argv=None):
     p.add_argument("--few-labels", action="store_true", help="only the curve of few labels")
     p.add_argument("--attentive", type=int, default=0, metavar="EPOCHS", help="an attentive probe")
     p.add_argument("--finetune", type=int, default=0, metavar="EPOCHS", help="fine-tuning")
+    p.add_argument("--segment", action="store_true", help="where the synthetic shape is")
     p.add_argument("--compare", metavar="OTHER", help="how alike another run's encoder is")
     p.add_argument("--data-dir", help="folder of the data, if not the run's")
     p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
@@ -276,7 +325,15 @@ def main(argv=None):
         train_heads(results, run, args)
     if args.compare:
         compare(results, run, args.compare)
-    if not (args.attentive or args.finetune or args.compare):
+    if args.segment:
+        if results["dataset"] != "shapes":
+            raise UsageError(f"--segment needs the synthetic shapes, not {results['dataset']}")
+        model, masking, *_ = train.load_run(args.run)
+        found = segmentation(model, masking, run.encoders["random"].cpu(), seed=run.seed)
+        results["segmentation"] = found
+        print("intersection over union of patches on the shape: "
+              + ", ".join(f"{ROWS.get(name, name)} {value:.2f}" for name, value in found.items()))
+    if not (args.attentive or args.finetune or args.compare or args.segment):
         read_features(results, run, args.few_labels)
     words = sys.argv[1:] if argv is None else map(str, argv)
     results["commands"].append("python -m extras.probes " + shlex.join(words))

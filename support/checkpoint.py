@@ -124,6 +124,7 @@ def load(folder):
 
 def config_from(values, path):
     """The Config that `dataclasses.asdict` wrote; settings that no longer exist are left out."""
+    values = {"merge_targets": False, **values}  # what runs did before there was a choice
     known = {f.name: values[f.name] for f in fields(Config) if f.name in values}
     try:
         return Config(**{name: tuple(value) if isinstance(value, list) else value

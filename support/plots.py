@@ -1,6 +1,7 @@
 """Matplotlib: colors, text, a table of images, the curves of metrics.csv."""
 
 import math
+import textwrap
 
 from matplotlib.figure import Figure
 
@@ -29,7 +30,9 @@ def table(columns, title="", side=1.32, **colors):
             image = image.movedim(0, -1) if image.ndim == 3 else image  # [H, W, 3] or [H, W]
             panel.imshow(image.cpu().numpy(), **{"cmap": "gray", "vmin": 0, "vmax": 1, **colors})
             panel.set(xticks=[], yticks=[])
-    figure.suptitle(plain(title), fontsize=10)
+    letters = int(12 * figure.get_figwidth())  # to a line
+    lines = [textwrap.fill(line, letters) for line in plain(title).splitlines()]
+    figure.suptitle("\n".join(lines), fontsize=10)
     return figure, axes
 
 

@@ -125,6 +125,12 @@ def read_stl10(name, split, data_dir):
     """STL-10's binary version: 96 x 96 pixels; labels from 0, None if unlabeled (Coates 2011)."""
     check_choice("--split of stl10", split, ("train", "test", "unlabeled", "train+unlabeled"))
     folder = fetch("stl10", data_dir)
+    if "unlabeled" in split and not (folder / "unlabeled_X.bin").exists():
+        lacking = f"{folder} has no unlabeled_X.bin"
+        if split == "unlabeled":
+            raise UsageError(f"{lacking}; choose --split train, or {ADVICE.format(folder)}")
+        print(f"{lacking}; its labelled training images are read alone")
+        split = "train"
     parts = [records(folder / f"{part}_X.bin", 3, 96, 96) for part in split.split("+")]
     images = np.empty((sum(map(len, parts)), 3, 96, 96), np.uint8)  # [n, C, H, W]
     # Stored column by column. Copied once, straight from the file: the unlabeled part has 2.8 GB.

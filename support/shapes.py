@@ -1,9 +1,9 @@
 """Synthetic images: ten kinds of shape, to run the whole method in minutes without a download.
 
-Every image has one shape at a random position, size and angle. The colors of shape and background
-come from the same distribution; both are mottled, with noise on top. All kinds have about the same
-area. So the mean image of every kind is the same: no pixel, no color and no amount of color tells
-the kind, only the outline does.
+Every image has one shape at a random place, size and angle, filled with confetti: dots of random
+color, whose mean is the color of the ground. No dot foretells another, so there is nothing in them
+to predict, and no pixel, no color and no mean tells the kind: only where the confetti ends does.
+All kinds have about the same area. An exact mask of the shape comes with each image.
 """
 
 import math
@@ -69,53 +69,58 @@ def pair(u, v):
 KINDS = [disc, ring, square, triangle, star, cross, half_disc, crescent, bar, pair]
 
 
-def to_rgb(hue, saturation, value):
-    """HSV to RGB, all in 0..1: three tensors [n] -> [n, 3]."""
-    k = (torch.tensor([5.0, 3.0, 1.0]) + 6 * hue[:, None]) % 6  # [n, 3]
-    return value[:, None] * (1 - saturation[:, None] * torch.minimum(k, 4 - k).clamp(0, 1))
+def outline(labels, uniform, size):
+    """How much of each pixel the shape covers, 0 to 1: labels int64 [n] -> [n, size, size].
+
+    uniform(low, high, *shape): random numbers [n, *shape].
+    """
+    line = (torch.arange(size) + 0.5) / size  # pixel centers, 0..1
+    y, x = torch.meshgrid(line, line, indexing="ij")  # [size, size]
+    radius = uniform(0.36, 0.46, 1, 1)  # of a disc of the same area; 1 is the image's side
+    angle = uniform(0, 2 * math.pi, 1, 1)
+    dx, dy = x - uniform(0.34, 0.66, 1, 1), y - uniform(0.34, 0.66, 1, 1)  # [n, size, size]
+    u = (angle.cos() * dx + angle.sin() * dy) / radius
+    v = (angle.cos() * dy - angle.sin() * dx) / radius
+    distance = torch.empty(len(labels), size, size)
+    for kind, signed_distance in enumerate(KINDS):
+        chosen = labels == kind
+        distance[chosen] = signed_distance(u[chosen], v[chosen])
+    return (0.5 - distance * radius * size).clamp(0, 1)  # a soft edge, one pixel wide
 
 
-def draw(labels, generator, size=SIZE):
-    """Draw one image for each label: int64 [n] -> uint8 [n, 3, size, size]."""
+def draw(labels, generator, size=SIZE, detail=1.0):
+    """Draw one image for each label: int64 [n] -> uint8 [n, 3, size, size], bool [n, size, size].
+
+    The second is True where the shape covers at least half of a pixel. detail: the fraction of the
+    shape's contrast that is confetti, which cannot be predicted; the rest is a plain color, the
+    same over the whole shape.
+    """
     n = len(labels)
 
     def uniform(low, high, *shape):
         return low + (high - low) * torch.rand(n, *shape, generator=generator)
 
-    line = (torch.arange(size) + 0.5) / size  # pixel centers, 0..1
-    y, x = torch.meshgrid(line, line, indexing="ij")  # [size, size]
-    radius = uniform(0.38, 0.46, 1, 1)
-    angle = uniform(0, 2 * math.pi, 1, 1)
-    dx, dy = x - uniform(0.42, 0.58, 1, 1), y - uniform(0.42, 0.58, 1, 1)  # [n, size, size]
-    u = (angle.cos() * dx + angle.sin() * dy) / radius
-    v = (angle.cos() * dy - angle.sin() * dx) / radius
-    distance = torch.empty(n, size, size)
-    for kind, outline in enumerate(KINDS):
-        chosen = labels == kind
-        distance[chosen] = outline(u[chosen], v[chosen])
-    inside = (0.5 - distance * radius * size).clamp(0, 1)[:, None]  # [n, 1, size, size], soft edge
-
-    hue = uniform(0, 1)
-    layers = []  # background and shape: hues at least a quarter turn apart
-    for layer_hue in (hue, hue + uniform(0.25, 0.75)):
-        color = to_rgb(layer_hue % 1, uniform(0.5, 1.0), uniform(0.45, 0.95))[..., None, None]
-        # Blotches of four pixels: no part of the image foretells them, so there is nothing in them
-        # to predict.
-        blotches = torch.randn(n, 1, size // 4, size // 4, generator=generator)
-        blotches = F.interpolate(blotches, size=size, mode="bilinear")
-        layers.append(color * (1 + uniform(0.05, 0.2, 1, 1, 1) * blotches))  # [n, 3, size, size]
-    background, shape = layers
-    noise = 0.04 * torch.randn(n, 3, size, size, generator=generator)
-    image = background + (shape - background) * inside + noise
-    return (image.clamp(0, 1) * 255).to(torch.uint8)
+    inside = outline(labels, uniform, size)[:, None]  # [n, 1, size, size]
+    blotches = torch.randn(n, 3, size // 4, size // 4, generator=generator)
+    blotches = F.interpolate(blotches, size=size, mode="bilinear")  # [n, 3, size, size]
+    ground = 0.5 + 0.06 * blotches + 0.04 * torch.randn(n, 3, size, size, generator=generator)
+    confetti = torch.randn(n, 3, size, size, generator=generator).sign()
+    color = torch.randn(n, 3, 1, 1, generator=generator).sign()  # one of eight
+    image = ground + 0.48 * inside * (detail * confetti + (1 - detail) * color)
+    return (image.clamp(0, 1) * 255).to(torch.uint8), inside[:, 0] >= 0.5
 
 
-def make(split, chunk=1000):
-    """A split: uint8 [n, 3, 24, 24], labels int64 [n], names of the kinds; always the same."""
-    images, labels = [], []
+def make(split, chunk=1000, *, detail=1.0):
+    """A split, always the same: uint8 [n, 3, 24, 24], labels int64 [n], names of the kinds, masks.
+
+    The masks, bool [n, 24, 24], are True on the shape. detail: as in `draw`.
+    """
+    images, labels, masks = [], [], []
     for number in range(COUNT[split] // chunk):  # a seed for each chunk: the splits share no image
         seed = list(COUNT).index(split) * 1_000_000 + number
         labels.append(torch.arange(chunk) % len(KINDS))  # classes in turn; training shuffles
-        images.append(draw(labels[-1], torch.Generator().manual_seed(seed)))
+        drawn, mask = draw(labels[-1], torch.Generator().manual_seed(seed), detail=detail)
+        images.append(drawn)
+        masks.append(mask)
     names = [kind.__name__.replace("_", " ") for kind in KINDS]
-    return torch.cat(images), torch.cat(labels), names
+    return torch.cat(images), torch.cat(labels), names, torch.cat(masks)

@@ -255,7 +255,8 @@ def check_fifth_block(fifth_block):
     yield ("the run has a folder of its own",
            changed.out not in ("", "runs/shapes", "runs/notebook-shapes"),
            f"out is '{changed.out}', where another run may lie")
-    masks = train.build(changed)[1](2, torch.Generator().manual_seed(0))
+    apart = dataclasses.replace(changed, merge_targets=False)
+    masks = train.build(apart)[1](2, torch.Generator().manual_seed(0))
     yield "the sampler draws five blocks", masks.targets.shape[1] == 5, "M is 5"
     yield ("you have predicted something",
            prediction in ("up", "down", "no clear change"),

@@ -127,8 +127,9 @@ def test_the_tables_of_results_are_the_committed_runs(heading):
     assert {ROWS[row] for row in rows} == set(runs[0]["features"])
     for row, cells in rows.items():
         scores = [run["features"][ROWS[row]] for run in runs]
+        measures = ("linear", "best", "knn", "precision@5")
         assert cells == [percent([score[measure] for score in scores])
-                         for measure in ("linear", "best", "knn", "precision@5")]
+                         for measure in (measures if len(cells) == 4 else measures[::2])]
 
 
 def test_the_readmes_table_is_that_of_results():
@@ -147,12 +148,20 @@ def test_the_readmes_table_is_that_of_results():
             assert about.startswith(f"{minutes:.0f} min")
 
 
-@pytest.mark.parametrize("name,points", [("shapes", 0.40), ("shapes3d", 0.25)])
-def test_the_target_beats_both_baselines_by_the_probe_and_pixels_win_by_knn(name, points):
-    for run in seeds(name):
+def test_on_the_shapes_only_what_was_learned_tells_the_kinds_apart():
+    """The lecture's first table: by probe and by kNN, with every seed."""
+    for run in seeds("shapes"):
+        score = run["features"]
+        assert score["target"]["linear"] > 0.85 and score["target"]["knn"] > 0.75
+        assert all(score[name][measure] < 0.3 for name in ("random", "pixels")
+                   for measure in ("linear", "knn"))
+
+
+def test_on_the_volumes_the_target_wins_by_the_probe_and_pixels_by_knn():
+    for run in seeds("shapes3d"):
         score = run["features"]
         baseline = max(score["random"]["linear"], score["pixels"]["linear"])
-        assert score["target"]["linear"] - baseline > points
+        assert score["target"]["linear"] - baseline > 0.25
         assert score["pixels"]["knn"] > score["target"]["knn"]
 
 
@@ -173,35 +182,14 @@ def test_what_results_says_beside_its_tables_is_so():
     assert f"at {percent(forty)}." in said
     times = [run["training"]["seconds"] for run in seeds("shapes")]
     assert f"{min(times):.0f} to {max(times):.0f} s" in said
-    two = read("shapes_two_cores")
-    assert f"{two['seconds']:.0f} s on two cores" in said and two["threads"] == 2
-    assert f"{two['images_per_second']:,.0f} images/s" in said
-    half = [run["features"]["target"]["linear"] for run in seeds("shapes_half_scale")]
-    assert f"({100 * min(half):.1f};" in said
+    found = [[run["segmentation"][name] for run in seeds("shapes")]
+             for name in ("target", "random", "pixels", "predicted")]
+    assert "{:.2f}, {:.2f}, {:.2f} and {:.2f}".format(*map(statistics.mean, found)) in said
     said = section("results.md", "Synthetic volumes")
     linear = [100 * run["features"]["target"]["linear"] for run in seeds("shapes3d")]
     assert "{:.1f}, {:.1f} and {:.1f}".format(*linear) in said
     times = [run["training"]["seconds"] for run in seeds("shapes3d")]
     assert f"{min(times):.0f} to {max(times):.0f} s" in said
-
-
-def test_the_current_core_reaches_what_the_one_before_reached():
-    runs = read("core_shapes")["same_masks"]
-    linear, knn = ([run["target"][measure] for run in runs] for measure in ("linear", "knn"))
-    assert f"reaches {percent(linear)} and {percent(knn)}" in section("results.md",
-                                                                      "Synthetic shapes")
-    before = [run["features"]["target"] for run in seeds("shapes")]
-    assert statistics.mean(linear) >= statistics.mean(run["linear"] for run in before)
-    assert statistics.mean(knn) >= statistics.mean(run["knn"] for run in before)
-
-
-def test_the_spread_over_other_masks_is_reported_though_it_is_worse():
-    said, runs = section("results.md", "Synthetic shapes"), read("core_shapes")["other_masks"]
-    linear, knn = ([run["target"][measure] for run in runs] for measure in ("linear", "knn"))
-    assert f"{percent(linear)} by the linear probe and {percent(knn)} by kNN" in " ".join(
-        said.split())
-    worst, *others = sorted(100 * value for value in linear)
-    assert f"between {others[0]:.1f} and {others[-1]:.1f}" in said and f"at {worst:.1f}" in said
 
 
 def test_the_predictor_finds_the_hidden_patch_and_the_untrained_one_does_not():
@@ -214,7 +202,7 @@ def test_the_predictor_finds_the_hidden_patch_and_the_untrained_one_does_not():
 
 
 def test_the_committed_shapes_runs_are_healthy_by_every_measure():
-    """No warning at any time, and kNN at the end six times what it was before training."""
+    """No warning at any time, and kNN at the end four times what it was before training."""
     for seed in range(3):
         with open(ROOT / f"results/shapes_seed{seed}_metrics.csv") as file:
             rows = [row for row in csv.DictReader(file) if row["rank"]]
@@ -222,38 +210,37 @@ def test_the_committed_shapes_runs_are_healthy_by_every_measure():
         for row, now in zip(rows, found):
             progress = int(row["step"]) / int(rows[-1]["step"])
             assert diagnostics.warnings(now, found[0], progress) == {}
-        assert found[-1]["knn"] > 6 * found[0]["knn"] and found[-1]["rank"] > found[0]["rank"]
+        assert found[-1]["knn"] > 4 * found[0]["knn"]
+
+
+def test_the_masks_a_second_are_those_of_the_committed_file():
+    variants = read("throughput")["variants"]
+    assert table("recipe.md", "Masks a second") == {
+        name: [f"{row['masks_per_second']:.1f}", f"{row['times']:.2f}"]
+        for name, row in variants.items()}
 
 
 # --- the contrast ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["comparison", "comparison_cifar10", "ablations"])
+@pytest.mark.parametrize("name", ["comparison_cifar10", "ablations"])
 def test_the_tables_of_the_contrast_are_those_of_results(name):
     markdown = experiments.markdown(read(name)["rows"], "", "").strip().split("\n\n")[-1]
     assert markdown in PAGES["contrast.md"]
 
 
-def test_what_is_said_of_mae_and_supervision_is_so():
+def ahead(rows, name, other, measure):
+    """By how much one row is ahead of another, seed by seed."""
+    return [a[measure] - b[measure] for a, b in zip(rows[name], rows[other], strict=True)]
+
+
+def test_what_is_said_of_mae_and_supervision_on_photographs_is_so():
     """Who is ahead, by how much, and with how many of the seeds."""
-    said = section("contrast.md", "MAE and supervision")
-    shapes, cifar, cut = ({name: row["runs"] for name, row in read(file)["rows"].items()} for file
-                          in ("comparison", "comparison_cifar10", "comparison_cifar10_context12"))
-    assert all(len(runs) == 3 for rows in (shapes, cifar) for runs in rows.values())
-
-    def ahead(rows, name, other, measure):
-        return [a[measure] - b[measure] for a, b in zip(rows[name], rows[other], strict=True)]
-
-    for measure in ("linear", "knn", "1%", "10%", "fine_tuned"):
-        assert statistics.mean(ahead(shapes, "MAE", "I-JEPA", measure)) > 0
-        assert statistics.mean(ahead(shapes, "MAE, equal seconds", "MAE", measure)) > 0
+    said = section("contrast.md", "MAE and supervision on photographs")
+    cifar = {name: row["runs"] for name, row in read("comparison_cifar10")["rows"].items()}
+    assert all(len(runs) == 3 for runs in cifar.values())
     for measure in ("linear", "knn", "1%", "10%"):
-        assert min(ahead(cut, "MAE", "I-JEPA", measure)) > 0
-        assert all(min(ahead(rows, "supervised", name, measure)) > 0
-                   for rows in (shapes, cifar) for name in ("MAE", "I-JEPA"))
-    whole = read("ablations")["rows"]["context scale .85 to 1, all of it"]["runs"]
-    linear, knn = (100 * statistics.mean(run[key] for run in whole) for key in ("linear", "knn"))
-    assert f"has {linear:.1f} and {knn:.1f}" in said
+        assert all(min(ahead(cifar, "supervised", name, measure)) > 0 for name in ("MAE", "I-JEPA"))
     level = [percent([run["linear"] for run in cifar[name]]) for name in ("I-JEPA", "MAE")]
     assert "({} and {})".format(*level) in said
     assert abs(statistics.mean(ahead(cifar, "I-JEPA", "MAE", "linear"))) < 0.01
@@ -323,16 +310,20 @@ def test_how_often_target_blocks_are_laid_onto_the_first(name, context_size, mon
     assert f"{row}| {images / 200:.1f}% |" in PAGES["differences.md"]
 
 
-def test_only_without_the_stop_gradient_did_the_features_collapse_and_those_runs_said_so():
-    variants = read("collapse")["variants"]
+def test_without_stop_gradient_or_ema_the_features_collapsed_and_those_runs_said_so():
+    variants, said = read("collapse")["variants"], section("training.md", "Is it learning?")
     for name, run in variants.items():
-        collapsed = name in ("no stop-gradient", "none of the three")
-        assert (run["rows"][-1]["target_std"] < 0.05) == collapsed == bool(run["warnings"])
-    healthy, collapsed = (variants[name]["rows"][-1]["held_out_loss"]
-                          for name in ("as it is", "no stop-gradient"))
-    said = section("training.md", "Is it learning?").replace(" .", " 0.")
-    assert f"is {collapsed:.4f}" in said and f"the {healthy:.2f} of" in said
-    assert 450 < healthy / collapsed < 550
+        healthy = name in ("as it is", "targets not layer-normed")
+        assert (run["rows"][-1]["target_std"] > 0.5) == healthy == (not run["warnings"])
+    start, early = variants["no stop-gradient"]["rows"][:2]
+    assert early["step"] == 150 and "After 150 steps" in said
+    for row in (early, start):
+        std = f"{row['target_std']:.2f}".lstrip("0")
+        assert f"{std} and" in said and f"{row['rank']:.1f}" in said
+    losses = (variants[name]["rows"][1]["loss"] for name in ("no stop-gradient", "as it is"))
+    assert "{:.4f}, next to {:.2f} of".format(*losses) in said.replace(" .", " 0.")
+    ends = (100 * variants[name]["rows"][-1]["knn"] for name in ("momentum 0", "as it is"))
+    assert "({:.1f}% after 1,500 steps; with the EMA {:.1f}%)".format(*ends) in said
 
 
 def test_the_digits_are_those_of_the_committed_file():

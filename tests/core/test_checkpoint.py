@@ -1,5 +1,6 @@
 """Claims about what a run leaves on disk: it survives a full disk, and runs no stranger's code."""
 
+import dataclasses
 import os
 import pathlib
 import pickle
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 import train
-from config import UsageError
+from config import UsageError, from_preset
 from support import checkpoint
 from test_train import few_shapes, tiny  # noqa: F401 (the fixture works by being here)
 
@@ -133,3 +134,10 @@ def test_saving_takes_a_fiftieth_of_the_time_at_most(tmp_path, monkeypatch):
         if run.is_due():
             run.save()
     assert 18 <= len(saves) <= 20
+
+
+def test_a_run_from_before_targets_could_be_merged_is_read_as_it_was():
+    values = dataclasses.asdict(from_preset("shapes", lr=0.1))
+    assert checkpoint.config_from(values, "-").merge_targets
+    del values["merge_targets"]
+    assert not checkpoint.config_from(values, "-").merge_targets

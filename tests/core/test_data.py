@@ -144,7 +144,10 @@ def test_stl10_can_be_read_without_its_folds_and_without_its_unlabeled_images(tm
     assert capsys.readouterr().out == (
         f"{folder} has no fold_indices.txt; STL-10 is read without its ten folds\n")
     message = refusal(data.load, "stl10", "unlabeled", tmp_path)
-    assert str(folder / "unlabeled_X.bin") in message
+    assert "has no unlabeled_X.bin; choose --split train" in message
+    alone = data.load("stl10", "train+unlabeled", tmp_path)  # what the preset asks for
+    assert torch.equal(alone.images, train_set.images)
+    assert "has no unlabeled_X.bin; its labelled training images" in capsys.readouterr().out
 
 
 def test_shapes_need_no_file_and_their_statistics_are_those_of_the_images():

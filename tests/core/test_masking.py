@@ -43,6 +43,16 @@ def test_coverage_is_symmetric():
         assert (used - used.flip(1)).abs().max() < error
 
 
+@pytest.mark.parametrize("grid", [(6, 6), (8, 8)])
+def test_merged_targets_are_the_union_of_the_blocks_and_leave_the_context_as_it_is(grid):
+    apart, context, blocks = draw(grid, context_size=12)
+    merged, same_context, union = draw(grid, context_size=12, merge_targets=True)
+    assert union.shape[1] == 1 and torch.equal(union[:, 0], blocks.any(dim=1))
+    assert torch.equal(context, same_context)
+    listed = merged.targets[0, 0][merged.targets_valid[0, 0]]
+    assert torch.equal(listed, listed.unique())  # a patch of two blocks is asked about once
+
+
 @pytest.mark.parametrize("grid", [(8, 8), (14, 14), (6, 10), (4, 6, 6)])
 def test_target_blocks_are_solid_boxes_listed_in_raster_order(grid):
     masks, _, targets = draw(grid, B=32)

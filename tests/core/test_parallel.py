@@ -18,7 +18,8 @@ ROOT = pathlib.Path(__file__).parents[2]
 # Crops, mirrors and padded blocks: everything that is drawn at random differs between images.
 FLAGS = ["--preset", "shapes", "--encoder", "16x2x1", "--predictor", "8x1x1", "--batch-size", "16",
          "--crop-scale", "0.5", "1", "--flip", "--context-size", "0", "--max-steps", "20",
-         "--epochs", "9", "--device", "cpu", "--momentum", "0.9", "--held-out", "0"]
+         "--epochs", "9", "--device", "cpu", "--precision", "fp32", "--no-merge-targets",
+         "--momentum", "0.9", "--momentum-final", "0.9", "--held-out", "0"]
 PROGRAMS = {"ijepa": ("train", []), "mae": ("extras.mae", []),
             "supervised": ("extras.supervised", []),
             "accumulated": ("train", ["--accumulation", "2", "--batch-size", "8"])}

@@ -151,7 +151,7 @@ def test_help_shows_every_setting_with_its_comment_and_default(capsys):
         train.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert all(f"--{f.name.replace('_', '-')}" in text for f in dataclasses.fields(Config))
-    assert "EMA momentum at the first step (paper .996) [0.99]" in text
+    assert "EMA momentum at the first step (paper .996) [0.995]" in text
 
 
 @pytest.mark.parametrize("changes", [

@@ -1,7 +1,8 @@
-"""Claims about the synthetic images: no kind is told by its color, position or amount of shape."""
+"""Claims about the synthetic images: no pixel and no mean tells the kind; masks are exact."""
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from support import shapes
 
@@ -9,12 +10,13 @@ from support import shapes
 @pytest.fixture(scope="module")
 def drawn():
     labels = torch.arange(4000) % 10
-    return shapes.draw(labels, torch.Generator().manual_seed(5)).float() / 255, labels
+    images, masks = shapes.draw(labels, torch.Generator().manual_seed(5))
+    return images.float() / 255, labels, masks
 
 
 def test_images_are_determined_by_the_seed_alone(drawn):
-    again = shapes.draw(torch.arange(4000) % 10, torch.Generator().manual_seed(5)).float() / 255
-    assert torch.equal(drawn[0], again)
+    again, _ = shapes.draw(torch.arange(4000) % 10, torch.Generator().manual_seed(5))
+    assert torch.equal(drawn[0], again.float() / 255)
 
 
 def test_the_splits_share_no_image(monkeypatch):
@@ -25,7 +27,7 @@ def test_the_splits_share_no_image(monkeypatch):
 
 def test_no_kind_is_told_by_its_mean_color(drawn):
     """Each kind's mean color is the overall mean within 4.5 standard errors (30 comparisons)."""
-    images, labels = drawn
+    images, labels, _ = drawn
     means = images.mean(dim=(2, 3))  # [n, 3]
     error = means.std(dim=0) / 400**0.5
     for kind in range(10):
@@ -37,9 +39,29 @@ def test_every_kind_has_the_same_mean_image(drawn):
 
     No pixel is off by 5.5 standard errors (17,280 pixels).
     """
-    images, labels = drawn
+    images, labels, _ = drawn
     means = torch.stack([images[labels == kind].mean(dim=0) for kind in range(10)])  # [10, C, H, W]
     assert ((means - images.mean(dim=0)).abs() < 5.5 * images.std(dim=0) / 400**0.5).all()
+
+
+def test_the_mask_is_where_the_confetti_is(drawn):
+    """On the shape dots are far from the ground's gray, off it near; the soft edge is left out."""
+    images, _, masks = drawn
+    contrast = (images - 0.5).abs().mean(dim=1)  # [n, H, W]
+    grown = F.max_pool2d(masks[:, None].float(), 3, 1, 1)[:, 0]
+    shrunk = 1 - F.max_pool2d(1 - masks[:, None].float(), 3, 1, 1)[:, 0]
+    assert contrast[shrunk == 1].mean() > 0.4 and contrast[grown == 0].mean() < 0.1
+
+
+def test_the_dial_turns_confetti_into_a_plain_color():
+    """With detail 0 the dots of a shape have one color, up to the ground's noise; with 1 all eight
+    colors are among them."""
+    for detail, deviation in ((0.0, (0, 0.15)), (1.0, (0.4, 0.5))):
+        images, masks = shapes.draw(torch.zeros(100, dtype=torch.int64),
+                                    torch.Generator().manual_seed(0), detail=detail)
+        spread = torch.stack([image[:, mask].std(dim=1).mean() for image, mask in
+                              zip(images.float() / 255, masks)]).mean()
+        assert deviation[0] <= spread <= deviation[1]
 
 
 def test_all_kinds_have_about_the_same_area():
@@ -50,5 +72,5 @@ def test_all_kinds_have_about_the_same_area():
 
 
 def test_ten_kinds_ten_names():
-    _, labels, names = shapes.make("test", chunk=shapes.COUNT["test"])
+    _, labels, names, _ = shapes.make("test", chunk=shapes.COUNT["test"])
     assert len(set(names)) == 10 and labels.bincount().tolist() == [500] * 10

@@ -28,7 +28,8 @@ def few_shapes(monkeypatch):
 def tiny(out, **changes):
     """A run of seconds: 58 images to train on, 3 steps an epoch."""
     return from_preset("shapes", **{"encoder": "16x1x2", "predictor": "8x1x2", "batch_size": 16,
-                                    "epochs": 3, "device": "cpu", "out": str(out), **changes})
+                                    "epochs": 3, "device": "cpu", "precision": "fp32",
+                                    "out": str(out), **changes})
 
 
 def rows(folder):
@@ -122,15 +123,26 @@ def test_low_precision_stays_close_to_fp32_and_keeps_the_weights_in_fp32(precisi
     assert not torch.equal(model.predictor.mask_token, before["predictor.mask_token"])
 
 
-@pytest.mark.parametrize("device, capability, dtype", [
-    ("cpu", None, torch.float32), ("mps", None, torch.float32), ("cuda", (9, 0), torch.bfloat16),
-    ("cuda", (8, 0), torch.bfloat16), ("cuda", (7, 5), torch.float16),
-    ("cuda", (7, 0), torch.float16)])
-def test_precision_is_what_the_hardware_has(monkeypatch, device, capability, dtype):
+@pytest.mark.parametrize("device, has, dtype", [
+    ("cpu", None, torch.float32), ("cpu", "amx_tile", torch.bfloat16), ("mps", None, torch.float32),
+    ("cpu", "avx512_bf16", torch.bfloat16), ("mps", "amx_tile", torch.float32),
+    ("cuda", (9, 0), torch.bfloat16), ("cuda", (8, 0), torch.bfloat16),
+    ("cuda", (7, 5), torch.float16), ("cuda", (7, 0), torch.float16)])
+def test_precision_is_what_the_hardware_has(monkeypatch, device, has, dtype):
     """7.0 is a V100, 7.5 a T4 or RTX 20, 8.0 an A100, 9.0 an H100."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert train.pick_precision(tiny("-"), torch.device(device)) == dtype
-    assert train.pick_precision(tiny("-", precision="bf16"), torch.device(device)) == torch.bfloat16
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: has)
+    for unit in ("amx_tile", "avx512_bf16"):
+        monkeypatch.setattr(torch.cpu, f"_is_{unit}_supported", lambda unit=unit: has == unit,
+                            raising=False)
+    auto, asked = tiny("-", precision="auto"), tiny("-", precision="bf16")
+    assert train.pick_precision(auto, torch.device(device)) == dtype
+    assert train.pick_precision(asked, torch.device(device)) == torch.bfloat16
+
+
+def test_a_torch_too_old_to_know_the_cpu_trains_in_float32(monkeypatch):
+    for unit in ("amx_tile", "avx512_bf16"):
+        monkeypatch.delattr(torch.cpu, f"_is_{unit}_supported", raising=False)
+    assert train.pick_precision(tiny("-", precision="auto"), torch.device("cpu")) == torch.float32
 
 
 def test_biases_norms_and_the_mask_token_are_not_decayed():
@@ -238,7 +250,7 @@ def test_load_run_gives_back_the_trained_model(tmp_path):
 
 def test_resume_refuses_other_settings_and_other_data_naming_them(tmp_path, monkeypatch):
     train.train(tiny(tmp_path, max_steps=2))
-    with pytest.raises(UsageError, match="--lr was 0.004, now 0.1"):
+    with pytest.raises(UsageError, match="--lr was 0.003, now 0.1"):
         train.main(["--out", str(tmp_path), "--resume", "--lr", "0.1"])
     monkeypatch.setattr("support.shapes.COUNT", {"train": 128, "test": 64})
     with pytest.raises(UsageError, match="its images was 64, now 128"):
@@ -338,7 +350,8 @@ def test_every_preset_builds_its_model_and_masks(name):
     config.encoder, config.predictor = "24x1x2", "12x1x2"  # the sizes are tested in test_models.py
     _, masking = train.build(config, *volumes.get(config.dataset, (3, 2)))
     masks = masking(64, torch.Generator().manual_seed(0))
-    assert len(masks.context) == 64 and masks.targets.shape[1] == config.num_targets
+    blocks = 1 if config.merge_targets else config.num_targets
+    assert len(masks.context) == 64 and masks.targets.shape[1] == blocks
 
 
 def test_a_compiled_run_learns_the_same(tmp_path, monkeypatch):

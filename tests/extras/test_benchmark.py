@@ -66,7 +66,8 @@ def test_padding_is_counted_as_spent_and_not_as_useful():
     assert found["tokens"]["useful"]["context"] == found["tokens"]["spent"]["context"] == 6
 
 
-@pytest.mark.parametrize("flags", [[], ["--precision", "bf16", "--accumulation", "2"]])
+@pytest.mark.parametrize("flags", [
+    ["--precision", "fp32"], ["--precision", "bf16", "--accumulation", "2"]])
 def test_what_is_measured_is_written_as_json(tmp_path, capsys, flags):
     benchmark.main(["--json", str(tmp_path / "speed.json"), *TINY, *flags])
     found = json.loads((tmp_path / "speed.json").read_text())

@@ -10,9 +10,10 @@ import statistics
 import numpy as np
 import pytest
 
+import config
 import train
 from config import UsageError
-from extras import experiments
+from extras import experiments, recipe
 
 ROOT = pathlib.Path(experiments.__file__).parents[1]
 TINY = ["--encoder", "16x2x1", "--predictor", "8x1x1", "--batch-size", "16", "--max-steps", "2",
@@ -45,13 +46,17 @@ def rows_of(name):
 
 
 @pytest.mark.parametrize("preset, rows", [
-    ("shapes", experiments.ABLATIONS), ("shapes", experiments.BUDGETS),
-    ("cifar10", experiments.RECIPE)])
+    ("shapes", experiments.ABLATIONS), ("cifar10", experiments.RECIPE)])
 def test_every_row_is_a_command_that_its_program_accepts(preset, rows, noise, monkeypatch):
     trained = []
     monkeypatch.setattr(train, "train", lambda config, *rest, **named: trained.append(config))
+    monkeypatch.setattr(recipe.evaluate, "load_encoders", lambda folder: (
+        {"target": train.build(config.from_preset("cifar10"))[0].target_encoder},
+        config.from_preset("cifar10"), {}))  # the teacher's
     for program, flags, *_ in rows.values():
-        run_here(f"python {program} --preset {preset} {flags} {shlex.join(noise[-2:])}")
+        usual = experiments.RECIPE_FLAGS if rows is experiments.RECIPE else []
+        run_here(f"python {program} --preset {preset} {shlex.join(usual)} {flags} "
+                 f"--image-size 32 {shlex.join(noise[-2:])}")
     assert len(trained) == len(rows)
 
 
@@ -81,10 +86,10 @@ def test_a_table_grows_by_a_seed_and_a_stopped_command_loses_no_row(noise, monke
     shutil.rmtree("runs")
     score = experiments.score
 
-    def stopped(run, finetune):
+    def stopped(run, *how):
         if run.row == "masks: raster":
             raise KeyboardInterrupt
-        return score(run, finetune)
+        return score(run, *how)
 
     monkeypatch.setattr(experiments, "score", stopped)
     with pytest.raises(KeyboardInterrupt):
@@ -153,19 +158,66 @@ def test_a_step_is_timed_without_those_that_warm_up(tmp_path, monkeypatch):
     def fake(command, quiet):
         folder = pathlib.Path(shlex.split(command)[-1])
         rows = [f"{n},{128 * n / (1 + 0.1 * n)}" for n in range(1, 51)]
+        (folder / "config.json").write_text('{"batch_size": 128}')
         (folder / "metrics.csv").write_text("\n".join(["step,images_per_second", *rows]))
 
     monkeypatch.setattr(experiments, "call", fake)
     args = type("Args", (), {"preset": "shapes", "flags": []})
-    assert experiments.time_steps(args, "train.py") == pytest.approx(40 * 0.1 / 128)
+    assert experiments.time_steps(args, "train.py") == pytest.approx(40 * 0.1)
 
 
 def test_equal_seconds_is_the_median_of_rounds(monkeypatch):
     """A round in which the machine was busy, for one method or for all, changes nothing."""
     times = iter([(3.0, 1.0, 2.0), (30.0, 10.0, 20.0), (3.0, 9.0, 2.0)])
-    monkeypatch.setattr(experiments, "time_steps", lambda args, program: next(one))
+    monkeypatch.setattr(experiments, "time_steps", lambda args, program, flags: next(one))
     one = iter([value for row in times for value in row])
     assert experiments.equal_seconds(None, rounds=3) == {"MAE": 3.0, "supervised": 1.5}
+
+
+def test_each_row_of_the_dial_gets_the_first_row_s_seconds_on_its_own_images(noise, monkeypatch):
+    monkeypatch.setattr(experiments, "equal_seconds", lambda *_: {"MAE": 1.5, "supervised": 2.0})
+    monkeypatch.setattr(experiments, "DETAIL", (0.0, 1.0))
+    monkeypatch.setattr("support.shapes.COUNT", {"train": 640, "test": 64})
+    monkeypatch.setattr("support.shapes.make.__defaults__", (64,))
+    experiments.main(["dial", *noise[:-2]])
+    rows = rows_of("dial")
+    assert [*rows] == [f"{name}, detail {detail}" for detail in (0, 1)
+                       for name in experiments.METHODS]
+    assert [row["runs"][0]["steps"] for row in rows.values()] == [2, 3, 4] * 2
+    plain, confetti = (np.load(f"data/dial/shapes-{detail}.npz")["test_images"].astype(float)
+                       for detail in (0, 1))
+    assert pathlib.Path("images/dial.png").stat().st_size > 5000
+    assert confetti.std(axis=(1, 2)).mean() > 1.2 * plain.std(axis=(1, 2)).mean()
+
+
+def test_the_recipe_is_judged_on_training_images_that_were_held_out(noise, monkeypatch):
+    first, second = [*experiments.RECIPE.items()][:2]
+    monkeypatch.setattr(experiments, "equal_seconds", lambda *_: {second[0]: 2.0})  # x a third
+    monkeypatch.setattr(experiments, "RECIPE", dict([first, second]))
+    load = experiments.data.load
+
+    def no_test_images(name, split, *rest):
+        assert split == "train"
+        return load(name, split, *rest)
+
+    monkeypatch.setattr(experiments.data, "load", no_test_images)
+    experiments.main(["recipe", *noise, "--image-size", "24", "--held-out", "50",
+                      "--max-steps", "6"])
+    assert [row["runs"][0]["steps"] for row in rows_of("recipe").values()] == [6, 4]
+
+
+def test_a_student_has_the_teacher_of_its_seed_and_what_the_teacher_left_of_the_time(
+        noise, monkeypatch):
+    mae, student = "an MAE, a third of the time", [*experiments.RECIPE][-1]
+    rows = {name: experiments.RECIPE[name] for name in ("4 masks of 32 images", mae, student)}
+    monkeypatch.setattr(experiments, "RECIPE", rows)
+    monkeypatch.setattr(experiments, "equal_seconds", lambda *_: {mae: 2.0})
+    experiments.main(["recipe", "--seeds", "3", *noise, "--max-steps", "6", "--held-out", "50",
+                      "--image-size", "24"])
+    found = {name: row["runs"][0] for name, row in rows_of("recipe").items()}
+    assert [run["steps"] for run in found.values()] == [6, 4, 4]
+    teacher = shlex.split(found[student]["command"])[6]
+    assert f"--out {teacher}" in found[mae]["command"] and teacher.endswith("-3")
 
 
 def test_gains_are_taken_seed_by_seed():

@@ -11,6 +11,7 @@ import models
 import train
 from config import UsageError, from_preset
 from extras import probes, trained_heads
+from models import patchify
 from test_evaluate import blobs, noise
 
 # --- the paper's four heads -----------------------------------------------------------------------
@@ -231,3 +232,42 @@ def test_evaluate_comes_first(tmp_path, run):
     path.write_text(json.dumps({**written(run), "features": {}}))
     with pytest.raises(UsageError, match="without labels"):
         probes.main([str(run)])
+
+
+def test_a_patch_lies_on_the_shape_if_half_of_it_does():
+    mask = torch.zeros(1, 4, 4, dtype=torch.bool)
+    mask[0, :2, :3] = True  # the first patch whole, the second half
+    mask[0, 2, 0] = True  # a quarter of the third
+    assert probes.patch_cover(mask, 2).tolist() == [[True, True, False, False]]
+    a, b = torch.tensor([True, True, False]), torch.tensor([True, False, True])
+    assert probes.intersection_over_union(a, b) == pytest.approx(1 / 3)
+
+
+def test_segmentation_reads_the_patch_that_it_is_asked_about(monkeypatch):
+    """Confetti has the ground's mean, so single pixels do not tell it, but their spread does: from
+    an "encoder" that gives each patch's deviation the probe finds the shape, and the predictor that
+    answers for the wrong places does not."""
+    monkeypatch.setattr("support.shapes.COUNT", {"train": 400, "test": 400})
+    monkeypatch.setattr("support.shapes.make.__defaults__", (400,))
+    model, masking = train.build(from_preset("shapes"))
+
+    class Spread(torch.nn.Module):
+        patch_size = 4
+
+        def forward(self, images, indices=None, valid=None):
+            spread = patchify(images, 4).std(dim=-1)  # [B, N]
+            return torch.stack([spread, 1 - spread, spread / 2, spread - spread], dim=-1)
+
+    model.target_encoder = Spread()
+    model.make_targets = lambda images, masks: (torch.zeros(*masks.targets.shape, 4), None)
+    model.predictor.project = torch.nn.Linear(32, 4)  # answers at random
+    found = probes.segmentation(model, masking, Spread(), n=400)
+    assert found["target"] == found["random"] > 0.85 and found["pixels"] < 0.6
+    assert 0 <= found["predicted"] < 0.6
+
+
+def test_segmentation_needs_the_images_whose_masks_are_known(run):
+    path = run / "evaluation.json"
+    path.write_text(json.dumps({**written(run), "dataset": "cifar10"}))
+    with pytest.raises(UsageError, match="needs the synthetic shapes"):
+        probes.main([str(run), "--segment"])
