@@ -165,7 +165,7 @@ def dial_figure(rows):
             for x, y in points:
                 axes.plot([x] * len(y), y, ".", color=color, markersize=5)
         axes.set_title(label, fontsize=10)
-        axes.set_xlabel("share of the contrast that is confetti", fontsize=9)
+        axes.set_xlabel("share of the dots that cannot be predicted", fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel("test accuracy, %", fontsize=9)
     figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)

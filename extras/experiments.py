@@ -89,7 +89,7 @@ RECIPE_FLAGS = ("--encoder 128x4x2 --predictor 64x2x2 --batch-size 32 --context-
                 "--weight-decay .05 --weight-decay-final .05 --clip-grad 3 --momentum .98 "
                 "--momentum-final .999 --held-out 5000 --measurements 5 --epochs 1000 "
                 "--max-steps 7000").split()
-# The dial: how much of the shapes' contrast is confetti, which no context predicts.
+# The dial: the share of a shape's dots that no context predicts.
 DETAIL = (0.0, 0.5, 1.0)
 
 # --- one run --------------------------------------------------------------------------------------
@@ -322,7 +322,7 @@ def fitted(args, table, rows, rounds):
 
 
 def dial(args, table):
-    """I-JEPA, MAE and supervision at equal seconds, on shapes with more and more confetti."""
+    """I-JEPA, MAE and supervision at equal seconds; more and more dots cannot be predicted."""
     args.flags = ["--epochs", "1000", "--max-steps", "3000", "--measurements", "1", *args.flags]
     methods = fitted(args, table, {name: (program, "") for name, program in METHODS.items()}, 5)
     rows = {}

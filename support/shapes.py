@@ -91,9 +91,9 @@ def outline(labels, uniform, size):
 def draw(labels, generator, size=SIZE, detail=1.0):
     """Draw one image for each label: int64 [n] -> uint8 [n, 3, size, size], bool [n, size, size].
 
-    The second is True where the shape covers at least half of a pixel. detail: the fraction of the
-    shape's contrast that is confetti, which cannot be predicted; the rest is a plain color, the
-    same over the whole shape.
+    The second is True where the shape covers at least half of a pixel. detail: the share of dots
+    that are drawn anew for each image and cannot be predicted; the others are the same in all
+    images, as if every shape were a window on one wallpaper.
     """
     n = len(labels)
 
@@ -105,8 +105,11 @@ def draw(labels, generator, size=SIZE, detail=1.0):
     blotches = F.interpolate(blotches, size=size, mode="bilinear")  # [n, 3, size, size]
     ground = 0.5 + 0.06 * blotches + 0.04 * torch.randn(n, 3, size, size, generator=generator)
     confetti = torch.randn(n, 3, size, size, generator=generator).sign()
-    color = torch.randn(n, 3, 1, 1, generator=generator).sign()  # one of eight
-    image = ground + 0.48 * inside * (detail * confetti + (1 - detail) * color)
+    if detail < 1:
+        anew = torch.rand(n, 1, size, size, generator=generator) < detail
+        wallpaper = torch.randn(3, size, size, generator=torch.Generator().manual_seed(0)).sign()
+        confetti = torch.where(anew, confetti, wallpaper)
+    image = ground + 0.48 * inside * confetti
     return (image.clamp(0, 1) * 255).to(torch.uint8), inside[:, 0] >= 0.5
 
 
