@@ -296,11 +296,9 @@ def is_folder(entry):
     return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
 
 
-def is_run(place):
-    """Whether a folder is that of a run of train.py."""
-    there = {name for name in ("config.json", "metrics.csv", "checkpoint.pt")
-             if os.path.isfile(os.path.join(place, name))}
-    return "config.json" in there and len(there) > 1
+def is_run(names):
+    """Whether files of these names stand in the folder of a run of train.py."""
+    return "config.json" in names and ("metrics.csv" in names or "checkpoint.pt" in names)
 
 
 def is_data(name):
@@ -320,14 +318,14 @@ def walk(folder):
         if (real := os.path.realpath(place)) in seen:
             continue
         seen.add(real)
-        if len(seen) > 1 and is_run(place):
-            notes.append(f"{one_line(place)} is the folder of a run; it is left out")
-            continue
         try:
             entries = [entry for entry in os.scandir(place) if is_data(entry.name)]
         except OSError as error:
             notes.append(f"cannot open the folder {one_line(place)} ({one_line(error)}); it is left"
                          " out")
+            continue
+        if len(seen) > 1 and is_run({entry.name for entry in entries}):
+            notes.append(f"{one_line(place)} is the folder of a run; it is left out")
             continue
         folders = {entry for entry in entries if is_folder(entry)}
         waiting += [entry.path for entry in
@@ -355,9 +353,12 @@ def image_files(folder):
 
 
 def sub_folders(folder):
-    """Names of the folders in a folder, sorted, but for hidden ones, the system's and runs."""
-    return sorted(item.name for item in os.scandir(folder)
-                  if is_data(item.name) and is_folder(item) and not is_run(item.path))
+    """Names of the folders in a folder, sorted, but for hidden ones and the system's."""
+    try:
+        return sorted(item.name for item in os.scandir(folder)
+                      if is_data(item.name) and is_folder(item))
+    except OSError:  # `walk` says so
+        return []
 
 
 def group(files, folder):
@@ -374,8 +375,8 @@ def group(files, folder):
 SPLITS = {"train": "train", "training": "train", "trainset": "train", "test": "test",
           "testing": "test", "testset": "test", "val": "val", "valid": "val", "validation": "val",
           "valset": "val", "dev": "val"}
-LEVELS = ("images", "image", "imgs", "img", "jpegimages", "unknown", "unlabeled", "unlabelled",
-          "all")  # folders that hold images of no class in particular
+IMAGES = ("images", "image", "imgs", "img", "jpegimages")  # folders that are no class
+LEVELS = (*IMAGES, "unknown", "unlabeled", "unlabelled", "all")  # nor are these, if alone
 
 
 def words(name):
@@ -498,6 +499,10 @@ def classes_in(place):
             raise UsageError(f"{place} has {len(loose)} images of its own and {inside} in "
                              f"{one_line(list(classes)[0])}/: move the former into sub-folders, "
                              "one for each class, or the latter elsewhere")
+    if clear := [name for name in classes if name.lower() in IMAGES and len(classes) > 1]:
+        others = one_line(", ".join([name for name in classes if name not in clear][:3]))
+        raise UsageError(f"{place} has images in {clear[0]}/ and in {others}, which are no classes;"
+                         f" choose --dataset {place / clear[0]}, or move the others elsewhere")
     for name, members in classes.items():
         below = {split_of(part) for part in group(members, place / name)[0]}
         if "train" in below and len(below - {None}) > 1:
@@ -514,7 +519,10 @@ def annotated(place, classes, loose, notes):
     if classes or not loose:
         return classes
     if table.is_file():
-        lines = table.read_text(errors="replace").splitlines()
+        try:
+            lines = table.read_text(errors="replace").splitlines()
+        except OSError as error:
+            raise UsageError(f"cannot read {table} ({one_line(error)})") from None
         known = dict(line.split("\t")[:2] for line in lines if line.count("\t"))
         for path in list(loose):
             if name := known.get(os.path.basename(path)):

@@ -177,6 +177,14 @@ def test_roboflow_with_class_folders_and_with_annotation_files(tmp_path, capsys)
     assert "_annotations.coco.json is not read; for labels put them" in capsys.readouterr().out
 
 
+def test_masks_next_to_images_are_no_class(tmp_path):
+    pictures(tmp_path / "images", 3)
+    pictures(tmp_path / "annotations" / "trimaps", 3)
+    message = refusal(load, tmp_path)
+    assert "images in images/ and in annotations, which are no classes" in message
+    assert f"choose --dataset {tmp_path / 'images'}" in message
+
+
 # --- pixels ---------------------------------------------------------------------------------------
 
 RAMP = np.tile(np.arange(64) * 4, (64, 1))  # 0..252
