@@ -34,7 +34,7 @@ class ImageDataset:
 
     images: uint8 [n, C, H, W] (volumes [n, C, T, H, W]), or a LazyFolder, which decodes on demand;
     labels: int64 [n] or None; mean, std: one float a channel, pixels scaled to 0..1; folds:
-    STL-10's ten lists of 1000 training images, int64, or None.
+    STL-10's ten lists of 1000 training images, int64, or None; paths: an image folder's files.
     """
 
     name: str
@@ -44,6 +44,7 @@ class ImageDataset:
     mean: tuple
     std: tuple
     folds: list[torch.Tensor] | None = None
+    paths: list[str] | None = None
 
     def __len__(self):
         return len(self.images)
@@ -59,7 +60,8 @@ class ImageDataset:
         lazy = isinstance(self.images, LazyFolder)
         images = self.images.subset(indices) if lazy else self.images[indices]
         labels = None if self.labels is None else self.labels[indices]
-        return ImageDataset(self.name, images, labels, self.class_names, self.mean, self.std)
+        paths = None if self.paths is None else [self.paths[i] for i in indices.tolist()]
+        return replace(self, images=images, labels=labels, folds=None, paths=paths)
 
     def in_memory(self):
         """The same, with all images decoded."""
