@@ -221,8 +221,11 @@ class Run:
         differs = [f"--{f.name.replace('_', '-')} was {getattr(then, f.name)}, now {now}"
                    for f in fields(Config) if f.name not in FREE
                    and (now := getattr(self.config, f.name)) != getattr(then, f.name)]
+        # The same images under another name are the same data: their folder was renamed.
+        same = about.get("fingerprint") and about["fingerprint"] == self.about.get("fingerprint")
         differs += [f"its {name} was {about[name]}, now {now}"
-                    for name, now in self.about.items() if about.get(name, now) != now]
+                    for name, now in self.about.items() if about.get(name, now) != now
+                    and not (name == "name" and same)]
         if differs and not override:
             raise UsageError(f"cannot resume {self.folder}: {'; '.join(differs)} (--override "
                              "resumes all the same)")
