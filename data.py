@@ -15,7 +15,8 @@ import torch.nn.functional as F
 
 from config import UsageError, check_choice, check_range
 from support import readers
-from support.folder import LazyFolder, image_files, lazy_batches, read_folder
+from support.folder import LazyFolder, lazy_batches
+from support.layout import image_files, read_folder
 
 # Mean and standard deviation of each channel over the training images, pixels scaled to 0..1.
 STATISTICS = {

@@ -23,7 +23,7 @@ from PIL import Image
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 import data  # noqa: E402 (the path has to be there first)
-from support import folder  # noqa: E402
+from support import layout  # noqa: E402
 
 DETAIL = ((4, 0.4), (16, 0.3), (64, 0.2), (500, 0.1))  # cells to a row, weight
 
@@ -79,7 +79,7 @@ def main():
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--size", type=int, default=224)
     args = parser.parse_args()
-    folder.MEMORY_LIMIT = 0  # as if it did not fit
+    layout.MEMORY_LIMIT = 0  # as if it did not fit
     with tempfile.TemporaryDirectory() as place:
         kilobytes = make_folder(pathlib.Path(place), args.files, args.originals)
         start = time.perf_counter()

@@ -14,7 +14,7 @@ import evaluate
 import train
 from config import UsageError
 from extras.estimator import find_layout
-from support import readers
+from support import npz, readers
 
 TINY = ["--encoder", "16x1x2", "--predictor", "16x1x2", "--image-size", "16", "--batch-size", "8",
         "--context-size", "4", "--held-out", "0", "--device", "cpu"]
@@ -106,7 +106,7 @@ def test_the_reader_and_the_estimator_never_read_one_shape_in_two_ways():
     for shape in itertools.chain.from_iterable(itertools.product(sides, repeat=k) for k in (3, 4)):
         try:
             layout = find_layout(shape)
-            axis = readers.channel_axis((10, *shape))
+            axis = npz.channel_axis((10, *shape))
         except ValueError:
             continue
         assert axis is not None and layout[axis] == "C", (shape, layout, axis)

@@ -19,7 +19,7 @@ from test_data import make_cifar10, make_stl10, refusal
 import data
 import train
 from config import UsageError
-from support import folder
+from support import folder, layout
 
 SIZE = 8  # pixels; side at which folders are read here
 RED, BLUE, WHITE = [255, 0, 0], [0, 0, 255], [255, 255, 255]
@@ -223,7 +223,7 @@ def test_a_file_that_is_no_image_costs_only_itself_and_is_named_once(
     picture(tmp_path / "a.png", (0, 0, 255))
     make(tmp_path / "b.jpg")
     picture(tmp_path / "c.png")
-    monkeypatch.setattr("support.folder.MEMORY_LIMIT", 0 if lazy else 2**30)
+    monkeypatch.setattr("support.layout.MEMORY_LIMIT", 0 if lazy else 2**30)
     dataset = load(tmp_path)
     seen = [dataset.images[[i]] for i in range(len(dataset)) for _ in range(2)]
     expected = [BLUE, BLUE, *([RED, RED] if lazy else []), RED, RED]  # b is replaced by the next, c
@@ -292,7 +292,7 @@ def lazy(tmp_path, monkeypatch):
                 broken(path)
             else:
                 picture(path, colour)
-    monkeypatch.setattr("support.folder.MEMORY_LIMIT", 0)
+    monkeypatch.setattr("support.layout.MEMORY_LIMIT", 0)
     return tmp_path
 
 
@@ -304,7 +304,7 @@ def test_a_broken_file_is_replaced_by_the_next_of_its_class(lazy):
 def test_the_only_file_of_a_class_is_replaced_by_one_of_another(tmp_path, monkeypatch):
     broken(tmp_path / "a" / "1.png")
     picture(tmp_path / "b" / "1.png")
-    monkeypatch.setattr("support.folder.MEMORY_LIMIT", 0)
+    monkeypatch.setattr("support.layout.MEMORY_LIMIT", 0)
     assert load(tmp_path).images[0][:, 4, 4].tolist() == RED
 
 
@@ -332,7 +332,7 @@ def test_a_replacement_depends_on_the_files_alone_and_is_reported_once(lazy, cap
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_more_than_a_few_broken_files_end_the_run_in_one_line(tmp_path, monkeypatch, workers):
-    monkeypatch.setattr("support.folder.MEMORY_LIMIT", 0)
+    monkeypatch.setattr("support.layout.MEMORY_LIMIT", 0)
     for i in range(40):
         (broken if i % 4 == 0 and i else picture)(tmp_path / f"{i:02}.png")
     dataset = load(tmp_path)
@@ -351,7 +351,7 @@ def test_a_few_are_one_in_a_hundred():
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_large_folder_of_broken_files_only_is_refused(tmp_path, monkeypatch, workers):
-    monkeypatch.setattr("support.folder.MEMORY_LIMIT", 0)
+    monkeypatch.setattr("support.layout.MEMORY_LIMIT", 0)
     for i in range(3):
         broken(tmp_path / f"{i}.png")
     message = refusal(list, data.batches(load(tmp_path), 2, SIZE, workers=workers))
@@ -440,8 +440,8 @@ def test_files_are_listed_in_the_same_order_on_every_walk(tmp_path):
     for name in ("b", "a", "a/deep", "c"):
         for i in (2, 10, 1):
             picture(tmp_path / name / f"{i}.png")
-    paths = folder.image_files(tmp_path)
-    assert paths == folder.image_files(tmp_path)
+    paths = layout.image_files(tmp_path)
+    assert paths == layout.image_files(tmp_path)
     assert [path[len(str(tmp_path)) + 1 :] for path in paths] == [
         f"{name}/{i}.png" for name in ("a", "a/deep", "b", "c") for i in (1, 10, 2)]
 

@@ -15,7 +15,7 @@ from PIL import Image
 import data
 import train
 from config import UsageError, from_preset
-from support import readers
+from support import npz, readers
 from support.folder import LazyFolder
 
 
@@ -154,13 +154,13 @@ def test_shapes_need_no_file_and_their_statistics_are_those_of_the_images():
     test = data.load("shapes", "test")
     assert test.images.dtype == torch.uint8 and test.images.shape[1:] == (3, 24, 24)
     assert len(test.labels) == len(test) and test.labels.max() + 1 == len(test.class_names)
-    for known, measured in zip((test.mean, test.std), readers.measure(test.images)):
+    for known, measured in zip((test.mean, test.std), npz.measure(test.images)):
         assert known == pytest.approx(measured, abs=0.005)
 
 
 def test_measured_statistics_are_those_of_torch():
     images = noise(10, 3, 8, 8)
-    mean, std = readers.measure(images)
+    mean, std = npz.measure(images)
     pixels = images.double().div(255).transpose(0, 1).flatten(1)
     assert mean == pytest.approx(pixels.mean(1).tolist(), abs=1e-6)
     assert std == pytest.approx(pixels.std(1, correction=0).tolist(), abs=1e-6)
@@ -290,7 +290,7 @@ def test_a_lazy_folder_gives_the_pixels_of_the_one_in_memory(tmp_path, monkeypat
     for i in range(5):
         save(tmp_path / "ab"[i % 2], "x" * (i + 1) + ".png")
     memory = data.load(str(tmp_path), image_size=12)
-    monkeypatch.setattr("support.folder.MEMORY_LIMIT", 0)
+    monkeypatch.setattr("support.layout.MEMORY_LIMIT", 0)
     lazy = data.load(str(tmp_path), image_size=12)
     assert isinstance(lazy.images, LazyFolder) and torch.equal(lazy.labels, memory.labels)
     assert lazy.shape == memory.shape == (3, 2) and len(lazy) == len(memory)
@@ -511,7 +511,7 @@ def test_any_pixel_and_any_label_changes_what_a_checkpoint_keeps_of_its_data():
 
 def test_any_name_and_any_size_changes_what_is_kept_of_a_folder_too_large_for_memory(
         tmp_path, monkeypatch):
-    monkeypatch.setattr("support.folder.MEMORY_LIMIT", 0)
+    monkeypatch.setattr("support.layout.MEMORY_LIMIT", 0)
     for i in range(100):
         save(tmp_path / "all", f"{i:03}.png", colour=(i, 0, 0), size=(4, 4))
 

@@ -12,7 +12,7 @@ from PIL import Image
 from test_data import refusal
 
 import data
-from support import folder
+from support import layout
 
 SIZE = 8  # pixels; side at which folders are read here
 RED, BLUE = (255, 0, 0), (0, 0, 255)
@@ -197,7 +197,7 @@ RAMP = np.tile(np.arange(64) * 4, (64, 1))  # 0..252
 @pytest.mark.parametrize("lazy", [False, True])
 def test_integers_that_do_not_fill_16_bits_keep_their_gray_levels(
         tmp_path, capsys, monkeypatch, name, dtype, factor, bits, lazy):
-    monkeypatch.setattr("support.folder.MEMORY_LIMIT", 0 if lazy else 2**30)
+    monkeypatch.setattr("support.layout.MEMORY_LIMIT", 0 if lazy else 2**30)
     gray(tmp_path / name, (RAMP * factor).astype(dtype))
     (image,) = data.load(str(tmp_path), image_size=64).in_memory().images
     assert torch.equal(image[0], torch.from_numpy(RAMP).to(torch.uint8))
@@ -344,7 +344,7 @@ def test_a_run_folder_is_no_class(tmp_path, capsys, flat):
 
 @pytest.mark.parametrize("lazy", [False, True])
 def test_paths_are_those_of_the_rows(tmp_path, monkeypatch, lazy):
-    monkeypatch.setattr("support.folder.MEMORY_LIMIT", 0 if lazy else 2**30)
+    monkeypatch.setattr("support.layout.MEMORY_LIMIT", 0 if lazy else 2**30)
     for i in range(10):
         picture(tmp_path / "ab"[i % 2] / f"{i}.png", (20 * i, 0, 0))
     if not lazy:
@@ -398,5 +398,5 @@ def test_colors_of_16_bits_that_would_turn_black_are_refused(tmp_path):
 
 
 def test_endings_are_those_of_pillow_but_for_formats_it_cannot_decode():
-    assert {".jpg", ".png", ".tif", ".webp"} < set(folder.extensions())
-    assert not {".pdf", ".h5", ".eps", ".mpg"} & set(folder.extensions())
+    assert {".jpg", ".png", ".tif", ".webp"} < set(layout.extensions())
+    assert not {".pdf", ".h5", ".eps", ".mpg"} & set(layout.extensions())

@@ -114,8 +114,8 @@ def test_memory_stays_flat_over_1000_steps(tmp_path, monkeypatch):
 
 EPOCH_OF_A_FOLDER = """
 import sys, psutil, data
-from support import folder
-folder.MEMORY_LIMIT, process = 0, psutil.Process()
+from support import layout
+layout.MEMORY_LIMIT, process = 0, psutil.Process()
 for _ in data.batches(data.load(sys.argv[1]), 64, 224, workers=1):
     used = sum(p.memory_full_info().uss for p in (process, *process.children(recursive=True)))
     print("bytes", used)
