@@ -62,7 +62,7 @@ def write(path, save):
 
 @contextlib.contextmanager
 def open_folder(config, resume):
-    """Within `with`, the run folder of a Config is this run's alone; writes config.json.
+    """Within `with`, the run folder of a Config is this run's alone; a new run's has config.json.
 
     Raises UsageError if it holds a run already, or if another process is writing into it. The
     operating system frees the lock when a process ends, whatever ends it.
@@ -84,12 +84,18 @@ def open_folder(config, resume):
     except OSError as error:
         raise UsageError(f"--out {folder} cannot be written to ({one_line(error)})") from None
     with lock:
-        text = json.dumps(asdict(config), indent=2)
-        write(folder / "config.json", lambda path: path.write_text(text))
+        if not resume:
+            write_settings(folder, config)
         try:
             yield folder
         finally:
             lock.release(force=True)
+
+
+def write_settings(folder, config):
+    """Write config.json, for people: a checkpoint has the settings itself."""
+    text = json.dumps(asdict(config), indent=2)
+    write(folder / "config.json", lambda path: path.write_text(text))
 
 
 def read(path):
@@ -239,3 +245,5 @@ class Run:
         self.generator.set_state(state["generator"])
         self.step = self.saved = about["progress"]["step"]
         self.start(about["progress"]["seconds"])
+        if distributed.is_first():
+            write_settings(self.folder, self.config)  # now that nothing speaks against them

@@ -252,6 +252,7 @@ def test_resume_refuses_other_settings_and_other_data_naming_them(tmp_path, monk
     train.train(tiny(tmp_path, max_steps=2))
     with pytest.raises(UsageError, match="--lr was 0.003, now 0.1"):
         train.main(["--out", str(tmp_path), "--resume", "--lr", "0.1"])
+    assert json.loads((tmp_path / "config.json").read_text())["lr"] == 0.003  # not the refused one
     monkeypatch.setattr("support.shapes.COUNT", {"train": 128, "test": 64})
     with pytest.raises(UsageError, match="its images was 64, now 128"):
         train.main(["--out", str(tmp_path), "--resume"])
