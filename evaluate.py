@@ -261,13 +261,16 @@ def measure_run(encoders, config, about, args, seed, device):
     if train_set.labels is None and not args.dataset:
         dataset = train_set if config.split == "train" else data.load(name, config.split, *where)
         held = train.hold_out(config, len(dataset))[1]
-        if not len(held):
+        if len(held) < 2:  # one image differs from no other
             raise UsageError(f"{name} has no labels, and too few images to hold some out; name "
                              "labelled data with --dataset")
         return {"dataset": name, "features": {}}, dataset.subset(held)
     test_set = test_images(train_set, about, name, *where)
     train_set = subsample(train_set, args.train_images, seed)
     test_set = subsample(test_set, args.test_images, seed)
+    if len(test_set) < 2:
+        raise UsageError(f"evaluation needs two test images or more, {name} has {len(test_set)}; "
+                         "add some, or try a larger --test-images")
     rows = {**encoders, "random": untrained_encoder(config, about, seed).to(device)}
     return {
         "dataset": name, "split_sizes": {"train": len(train_set), "test": len(test_set)},

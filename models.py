@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from config import UsageError
+from config import UsageError, check_choice, parse_size
 
 # --- from pixels to tokens ------------------------------------------------------------------------
 
@@ -139,14 +139,15 @@ class Encoder(nn.Module):
 
     image_size and patch_size in pixels; image_size is one number for a square image, or (H, W).
     Attributes: width (D), grid (patches along each axis), image_size.
-    Raises UsageError if the patch size does not divide the image size.
+    Raises UsageError if the patch size does not divide the image size, or the heads the width.
     """
 
     def __init__(self, width=192, depth=6, heads=3, image_size=32, patch_size=4, channels=3,
                  mlp_ratio=4.0):
         super().__init__()
         sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-        if any(side % patch_size for side in sides):
+        parse_size(f"{width}x{depth}x{heads}")  # refuses what the command line refuses
+        if patch_size < 1 or any(side < 1 or side % patch_size for side in sides):
             raise UsageError(f"patches of {patch_size} pixels do not divide an image of {sides}")
         self.width, self.image_size, self.patch_size = width, sides, patch_size
         self.grid = tuple(side // patch_size for side in sides)
@@ -186,6 +187,7 @@ class Predictor(nn.Module):
 
     def __init__(self, encoder_width, grid, width=96, depth=4, heads=2):
         super().__init__()
+        parse_size(f"{width}x{depth}x{heads}", "predictor")
         self.embed = nn.Linear(encoder_width, width)
         self.mask_token = nn.Parameter(torch.zeros(width))
         self.register_buffer("positions", sincos_positions(grid, width), persistent=False)
@@ -246,6 +248,7 @@ class IJEPA(nn.Module):
 
     def __init__(self, encoder, predictor, loss="smooth_l1"):
         super().__init__()
+        check_choice("loss", loss, ("smooth_l1", "l2"))
         self.context_encoder, self.predictor, self.loss = encoder, predictor, loss
         self.target_encoder = copy.deepcopy(encoder).requires_grad_(False)
 

@@ -30,7 +30,7 @@ from config import Config, UsageError, check
 from models import patchify
 from support import command_line
 from support.logs import complete_rows
-from support.plots import COLORS, curves_figure, plain, table
+from support.plots import COLORS, curves_figure, plain, save_figure, table
 
 # --- images for display ---------------------------------------------------------------------------
 
@@ -153,16 +153,19 @@ def neighbours_figure(model, untrained, images, pictures, masks, gallery, title=
 def tsne_figure(features, labels, class_names, title="", seed=0):
     """t-SNE of several features of the same images, side by side; a color for each class.
 
-    features: a dict of name -> float [n, D]; labels int64 [n].
+    features: a dict of name -> float [n, D]; labels int64 [n]. Raises UsageError if n is below 2.
     """
     n = len(labels)
+    if n < 2:
+        raise UsageError(f"t-SNE places images by their distances and needs two or more, got {n}")
     figure = Figure(figsize=(4.8 * len(features), 5.4), layout="constrained")
     panels = figure.subplots(1, len(features), squeeze=False)[0]
     colors = np.array([to_rgb(color) for color in COLORS])[labels.cpu() % len(COLORS)]  # [n, 3]
     for axes, (name, x) in zip(panels, features.items()):
         x = PCA(min(50, *x.shape), random_state=seed).fit_transform(x.cpu().numpy())  # [n, 50]
         start = 1e-4 * x[:, :2] / max(x[:, 0].std(), 1e-9)  # init="pca", safe from 0 / 0
-        tsne = TSNE(perplexity=min(30, (n - 1) / 3), init=start, angle=0.8, random_state=seed)
+        perplexity = min(30, max(1, (n - 1) / 3))  # neighbours: one at least, below n
+        tsne = TSNE(perplexity=perplexity, init=start, angle=0.8, random_state=seed)
         axes.scatter(*tsne.fit_transform(x).T, s=20_000 / (1_000 + n), linewidths=0, c=colors)
         axes.set(xticks=[], yticks=[])
         axes.set_title(plain(name), fontsize=10)
@@ -280,7 +283,7 @@ def save(run, figures):
     folder = run.folder / "figures"
     folder.mkdir(exist_ok=True)
     for name, figure in figures:
-        figure.savefig(folder / f"{name}.png", dpi=150)
+        save_figure(figure, folder / f"{name}.png")
         print(folder / f"{name}.png", flush=True)
 
 

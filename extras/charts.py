@@ -28,8 +28,9 @@ def style(name):
 
 
 def class_names(results, K):
-    """The names of K classes, or their numbers if the data has no names."""
-    return [plain(name) for name in results.get("class_names") or range(K)]
+    """The names of K classes; numbers for classes without a name."""
+    names = list(results.get("class_names") or [])[:K]
+    return [plain(name) for name in (*names, *range(len(names), K))]
 
 
 def comparison_figure(results):
@@ -189,10 +190,10 @@ def ablations_figure(rows, title=""):
         axes.axvline(means[0], color=color, linestyle=":", linewidth=1)
         for number, values in enumerate(seeds):
             axes.plot(values, [number + offset] * len(values), "k.", markersize=4)
-    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.set_yticks(range(len(names)), list(map(plain, names)), fontsize=8)
     axes.set_ylim(len(names) - 0.4, -0.6)  # the first row on top
     axes.set_xlabel("test accuracy, %", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(plain(title), fontsize=10)
     return figure

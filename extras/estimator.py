@@ -145,10 +145,12 @@ class IJEPATransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
     settings: a dict of other fields of Config; context_size is 0 by default, not the preset's.
     random_state: int, RandomState or None. device: auto, cpu, cuda or mps. verbose: 1 shows a bar.
 
-    After fit: model_ (an IJEPA on the CPU), config_, mean_ and std_ [C], layout_, image_shape_
-    (C, (T,) H, W), loss_curve_ (one loss per step), n_features_in_ (values of one image, C*H*W).
+    After fit: model_ (an IJEPA on the CPU), config_, mean_ and std_ [C], range_ (the smallest and
+    the largest value), layout_, image_shape_ (C, (T,) H, W), loss_curve_ (one loss per step),
+    n_features_in_ (values of one image, C*H*W).
 
-    Raises UsageError, a ValueError, if parameters or shapes do not fit together.
+    Raises UsageError, a ValueError, if parameters or shapes do not fit together, and for masked
+    arrays that hide values. Warns if later images seem to have other units.
     """
 
     def __init__(self, preset="small", *, encoder=None, predictor=None, patch_size=None,
@@ -177,6 +179,7 @@ class IJEPATransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
         """Pretrain from scratch on the images X; returns self."""
         images = self._images(X, reset=True)  # [n, C, (T,) H, W]
         self.mean_, self.std_ = statistics(images)  # [C], [C]
+        self.range_ = float(images.min()), float(images.max())
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         return self._train(images, seed, resume=False)
 
@@ -207,6 +210,10 @@ class IJEPATransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
 
         With reset its shape is stored, otherwise compared with the stored one.
         """
+        if np.ma.is_masked(X):
+            raise UsageError(f"X is a masked array that hides {np.ma.count_masked(X):,} values, "
+                             "expected an array without a mask: fill them, such as by X.filled(0), "
+                             "or leave their images out")
         shape = tuple(getattr(X, "shape", None) or np.asarray(X).shape)[1:]
         if len(shape) > 1:  # scikit-learn's checks count the columns of a table
             X = np.asarray(X)
@@ -224,6 +231,8 @@ class IJEPATransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
         elif images.shape[1:] != self.image_shape_:
             raise UsageError(f"images of {images.shape[1:]}, channels first, but fit was given "
                              f"{self.image_shape_} (layout {layout})")
+        else:
+            self._warn_of_units(images)
         return np.require(images, requirements=("C", "W"))  # torch shares writable memory only
 
     def _row_shape(self, X, reset):
@@ -244,6 +253,17 @@ class IJEPATransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
         except (TypeError, ValueError):
             raise UsageError(f"image_shape {shape} is not the shape of a row of {p} values"
                              ) from None
+
+    def _warn_of_units(self, images):
+        """Warn if the values span a tenth of what `fit` saw or less, or ten times as much or more:
+        0..1 and 0..255, for example. Images of one value span nothing and say nothing."""
+        low, high = float(images.min()), float(images.max())
+        least, most = self.range_
+        ratio = (high - low) / (most - least) if most > least else 1.0
+        if high > low and not 0.1 < ratio < 10:
+            warnings.warn(f"X has values from {low:.4g} to {high:.4g}, but fit saw {least:.4g} to "
+                          f"{most:.4g}: if X is in other units, convert it to those of fit",
+                          UserWarning, stacklevel=6)  # who calls transform, past its decorators
 
     def _dataset(self, images):
         """The images with fit's statistics / 255: data.normalise divides pixels by that."""

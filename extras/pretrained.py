@@ -15,6 +15,7 @@ weights are only renamed and reshaped. Notation as in models.py.
 
 import copy
 import json
+import math
 import re
 import zipfile
 from dataclasses import asdict, dataclass, replace
@@ -40,6 +41,8 @@ FOLDER = Path(__file__).parents[1] / "encoders"
 SHIPPED = {path.stem: path for path in sorted(FOLDER.glob("*.pt"))}
 # The weights do not tell the number of heads; in the official code the width does.
 HEADS = {width: heads for width, _, heads in SIZES.values()} | {1408: 16}  # the last is ViT-giant
+# Blocks of the official code's sizes from ViT-Base on: fewer are what is left of a damaged file.
+DEPTHS = {SIZES[name][0]: SIZES[name][1] for name in ("base", "large", "huge")} | {1408: 40}
 
 # Our names -> theirs, patterns that are replaced in turn. Positions are parameters there.
 BLOCKS = ((r"attention\.qkv", "attn.qkv"), (r"attention\.project", "attn.proj"),
@@ -56,6 +59,10 @@ HUGGINGFACE = (
     (r"mlp\.0", "intermediate.dense"), (r"mlp\.2", "output.dense"),
     (r"patch_embed\.project", "embeddings.patch_embeddings.projection"),
     ("^positions", "embeddings.position_embeddings"))
+# What transformers' ViTImageProcessor does if a folder does not say; two steps that others have.
+SWITCHES = ("do_rescale", "do_normalize", "do_flip_channel_order", "rescale_offset")
+VIT_PROCESSOR = {"rescale_factor": 1 / 255, "image_mean": 0.5, "image_std": 0.5,
+                 **dict(zip(SWITCHES, (True, True, False, False)))}
 # transformers 5 uses other names in memory than in its files.
 IN_MEMORY = (
     (r"^ijepa\.", ""), (r"^layers\.", "encoder.layer."),
@@ -86,7 +93,8 @@ def load_weights(module, state, names, grid, where):
     """Copy a foreign state dict (their name -> tensor) into an Encoder or a Predictor.
 
     Positions [1, N, D] that are not the sine-cosine ones become part of the module's state dict.
-    Raises UsageError with the names that are missing or unexpected, or whose shapes do not fit.
+    Raises UsageError with the names that are missing or unexpected, whose shapes do not fit, or
+    whose values are no finite floats: integers are quantized, and their scale is stored elsewhere.
     """
     wanted = {rename(key, names): key for key in [*module.state_dict(), "positions"]}
     wrong = [f"{what} {first_of(keys)}" for what, keys in (
@@ -94,6 +102,11 @@ def load_weights(module, state, names, grid, where):
         if keys]
     if wrong:
         raise UsageError(f"the weights in {where} do not fit: {'; '.join(wrong)}")
+    for what, good in (("whole numbers (quantized)", torch.is_floating_point),
+                       ("NaN or infinite", lambda value: value.isfinite().all())):
+        if keys := [key for key, value in state.items() if not good(value)]:
+            raise UsageError(f"the weights in {where} are {what} in {first_of(keys)}; expected "
+                             "finite floats: get the file again, or another")
     ours = {wanted[key]: value for key, value in state.items()}
     for key in ("patch_embed.project.weight", "mask_token"):
         if key in ours:  # [D, C, p, p] -> [D, C*p*p]; [1, 1, Dp] -> [Dp]
@@ -142,7 +155,7 @@ def resize(encoder, image_size):
     """
     axes, p = len(encoder.grid), encoder.patch_size
     sides = (image_size,) * axes if isinstance(image_size, int) else tuple(image_size)
-    if any(side % p for side in sides):
+    if any(side < 1 or side % p for side in sides):
         raise UsageError(f"patches of {p} pixels do not divide an image of {sides}")
     other = copy.deepcopy(encoder)
     other.image_size, other.grid = sides, tuple(side // p for side in sides)
@@ -200,6 +213,22 @@ def depth_of(state, blocks):
     return sum(re.fullmatch(rf"{blocks}\.\d+\.norm1\.weight", key) is not None for key in state)
 
 
+def check_depth(stored, name, width, where):
+    """Raise UsageError if an encoder has fewer or more blocks than the file's other encoder, or
+    than the official code gives to its width: a checkpoint that lost its last blocks."""
+    other = "encoder" if name == "target_encoder" else "target_encoder"
+    depths = {}  # what should have as many blocks
+    if other in stored:
+        depths[f"its {other}"] = depth_of(part(stored, other, (), where), "blocks")
+    if width in DEPTHS and "heads" not in stored:  # `to_official` writes any size
+        depths[f"the official size of width {width}"] = DEPTHS[width]
+    depth = depth_of(part(stored, name, (), where), "blocks")
+    for what, expected in depths.items():
+        if depth != expected:
+            raise UsageError(f"{where} is incomplete: its {name} has {depth} blocks, {what} has "
+                             f"{expected}; get the file again")
+
+
 def heads_of(stored, width, where):
     """Attention heads of (encoder, predictor): as `to_official` stored them, or by the width."""
     if "heads" not in stored and width not in HEADS:
@@ -216,6 +245,7 @@ def official_encoder(stored, name, where):
     side = round(state["pos_embed"].shape[1] ** 0.5) * patch_size  # its images are square
     mlp_ratio = len(state["blocks.0.mlp.fc1.weight"]) / width
     heads, _ = heads_of(stored, width, where)
+    check_depth(stored, name, width, where)
     encoder = empty_encoder(width, depth_of(state, "blocks"), heads, side, patch_size, channels,
                             mlp_ratio)
     load_weights(encoder, state, OFFICIAL_ENCODER, encoder.grid, f"{where}, {name}")
@@ -302,13 +332,86 @@ def huggingface_shape(config, where):
 
 def read_folder(folder):
     """The config, a dict, and the state dict of a Hugging Face folder."""
-    config, state, loader = read_json(Path(folder) / "config.json"), {}, safetensors()
-    for file in sorted(Path(folder).glob("*.safetensors")):  # large models are split into several
+    folder = Path(folder)
+    config, state, loader = read_json(folder / "config.json"), {}, safetensors()
+    files = sorted(folder.glob("*.safetensors"))  # large models are split into several
+    if not files:
+        pickled = [path.name for path in sorted(folder.glob("pytorch_model*.bin"))]
+        only = f"only {', '.join(pickled[:3])}" if pickled else "no weights"
+        raise UsageError(f"{folder} has {only}, expected *.safetensors: with transformers, "
+                         "IJepaModel.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER) writes it")
+    for file in files:
         try:
-            state |= loader.load_file(file)
+            found = loader.load_file(file)
         except Exception as error:  # the package's own type, among others
             raise UsageError(f"{file} cannot be read ({one_line(error)[:200]})") from None
+        if twice := state.keys() & found.keys():
+            raise UsageError(f"{folder} holds weights twice ({first_of(twice)}): move away the "
+                             f"*.safetensors that are not part of the model, such as {file.name}")
+        state |= found
     return config, state
+
+
+def numbers(said, name, channels, where, least=-math.inf):
+    """A setting of an image processor as a float for each channel, finite and above `least`.
+
+    As in transformers, one number stands for all channels. Raises UsageError for anything else.
+    """
+    value = said[name]
+    values = value if isinstance(value, list) else [value] * channels
+    if len(values) != channels or not all(
+            type(one) in (int, float) and math.isfinite(one) and one > least for one in values):
+        expected = f"one finite number, or {channels}, one a channel"
+        more = "" if least < 0 else f", each more than {least}"
+        raise UsageError(f"{where}: {name} is {value}, expected {expected}{more}")
+    return tuple(map(float, values))
+
+
+def normalisation(folder, channels):
+    """How a Hugging Face folder's images are normalised: mean and std, pixels scaled to 0..1.
+
+    Its image processor computes (rescale_factor * pixel - image_mean) / image_std of pixels from 0
+    to 255, and either step can be switched off; this is the same in our units. What the folder does
+    not say has the values of transformers' ViTImageProcessor. How images are resized and cropped is
+    left to the caller. Raises UsageError for what is not a rescaling of each channel.
+    """
+    path = Path(folder) / "preprocessor_config.json"
+    said = read_json(path) if path.exists() else {}
+    said = {name: value for name, value in said.items() if value is not None}
+    kind = str(said.get("image_processor_type", said.get("feature_extractor_type", "ViT")))
+    if not kind.startswith("ViT") and not {"image_mean", "image_std"} <= said.keys():
+        raise UsageError(f"{path} lacks image_mean or image_std, and the defaults of {kind} are "
+                         "unknown here: add both to the file")
+    said = {**VIT_PROCESSOR, **said}
+    for name in SWITCHES:
+        if type(said[name]) is not bool:
+            raise UsageError(f"{path}: {name} is {said[name]}, expected true or false")
+    for name in ("do_flip_channel_order", "rescale_offset"):
+        if said[name]:
+            raise UsageError(f"{path}: {name} is true, expected false: this code only rescales and "
+                             "normalises")
+    if not said["do_rescale"]:
+        said["rescale_factor"] = 1.0
+    if not said["do_normalize"]:
+        said |= {"image_mean": 0.0, "image_std": 1.0}
+    scale = 255 * numbers(said, "rescale_factor", 1, path, 0)[0]
+    mean = numbers(said, "image_mean", channels, path)
+    std = numbers(said, "image_std", channels, path, 0)
+    return tuple(value / scale for value in mean), tuple(value / scale for value in std)
+
+
+def describe(folder, config, channels):
+    """One line on what a Hugging Face folder holds and how its images are normalised."""
+    which = config.get("ijepa_encoder")
+    which = (f"the {one_line(which)[:40]} encoder" if which else
+             "an encoder, unknown whether target or context (what transformers' own script makes "
+             "of official files is the context encoder)")
+    mean, std = (" ".join(f"{value:.4g}" for value in part)
+                 for part in normalisation(folder, channels))
+    line = f"{folder} holds {which}; its images have mean {mean}, deviation {std}"
+    if not (Path(folder) / "preprocessor_config.json").exists():
+        line += " (transformers' default: there is no preprocessor_config.json)"
+    return line
 
 
 def from_huggingface(source, config=None):
@@ -316,7 +419,8 @@ def from_huggingface(source, config=None):
 
     source: a folder with config.json and *.safetensors; or a state dict, with `config` as
     `model.config.to_dict()` gives it. A classifier, a pooler or a mask token is left out, which is
-    printed. Raises UsageError if safetensors is not installed, for another kind of model, and if
+    printed, and so is which encoder a folder holds and how its images are normalised (`load` gives
+    that too). Raises UsageError if safetensors is not installed, for another kind of model, and if
     weights are missing or unexpected.
     """
     where, state = "the state dict", source
@@ -337,14 +441,17 @@ def from_huggingface(source, config=None):
     for module in encoder.modules():
         if isinstance(module, nn.LayerNorm):
             module.eps = config.get("layer_norm_eps", 1e-12)  # their default
+    if where is source:
+        print(describe(source, config, channels_of(encoder)))
     return encoder
 
 
-def to_huggingface(encoder, folder, mean, std):
+def to_huggingface(encoder, folder, mean, std, which=""):
     """Write config.json, model.safetensors, preprocessor_config.json: an IJepaModel.
 
     mean, std: of each channel, pixels scaled to 0..1, by which the encoder's images were normalised
-    (data.STATISTICS, or a dataset's). Raises UsageError if safetensors is not installed, and for
+    (data.STATISTICS, or a dataset's). which: target or context, which `from_huggingface` then says;
+    empty if unknown. Raises UsageError if safetensors is not installed, and for
     volumes and images that are not square.
     """
     check_square(encoder)
@@ -363,6 +470,8 @@ def to_huggingface(encoder, folder, mean, std):
         "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
         "layer_norm_eps": encoder.norm.eps, "image_size": size, "patch_size": encoder.patch_size,
         "qkv_bias": True, "num_channels": channels_of(encoder)}
+    if which:
+        config["ijepa_encoder"] = which
     preprocessor = {
         "image_processor_type": "ViTImageProcessor", "size": {"height": size, "width": size},
         "do_resize": True, "resample": 2,  # bilinear, as data.resize
@@ -432,10 +541,8 @@ def load(source, data_dir="data"):
     if (path / "encoder.pt").exists():
         path = path / "encoder.pt"
     if path.is_dir():
-        if (path / "preprocessor_config.json").exists():
-            about = read_json(path / "preprocessor_config.json")
-            mean, std = tuple(about.get("image_mean", mean)), tuple(about.get("image_std", std))
-        return Pretrained(from_huggingface(path), mean, std)
+        encoder = from_huggingface(path)
+        return Pretrained(encoder, *normalisation(path, channels_of(encoder)))
     stored = read(path)
     if {"config", "data", "encoder"} <= stored.keys():
         return run_encoder(stored, path)

@@ -1,7 +1,9 @@
 """Matplotlib: colors, text, a table of images, the curves of metrics.csv."""
 
 import math
+import re
 import textwrap
+import warnings
 
 from matplotlib.figure import Figure
 
@@ -11,8 +13,28 @@ COLORS = ["#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#0072B2", "#D55E00", "#F0
 
 
 def plain(text):
-    """Text that matplotlib shows as it is: between two dollar signs it would expect a formula."""
-    return str(text).replace("$", r"\$")
+    """Text that matplotlib shows as it is: between two dollar signs it would expect a formula.
+
+    What is no character, as in file names of another encoding, becomes a question mark.
+    """
+    return str(text).encode("utf-8", "replace").decode().replace("$", r"\$")
+
+
+def save_figure(figure, path):
+    """Write a Figure as PNG; prints one line if the font lacks characters, which become boxes."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        figure.savefig(path, dpi=150)
+    lacking = set()
+    for warning in caught:
+        if glyph := re.match(r"Glyph (\d+) .*missing from", str(warning.message)):
+            lacking.add(chr(int(glyph[1])))
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename,
+                                   warning.lineno)
+    if lacking:
+        print(f"{path}: the font lacks {ascii(''.join(sorted(lacking))[:8])}, drawn as boxes; name "
+              "one that has them in matplotlib's setting font.family")
 
 
 def table(columns, title="", side=1.32, **colors):
