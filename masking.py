@@ -90,7 +90,8 @@ class MultiBlockMasking:
         self.context_scale, self.context_size = context_scale, context_size
         self.merge_targets = merge_targets
         self.min_keep = max(min_keep, context_size)
-        check(1 <= num_targets <= self.N, "num_targets", num_targets, f"from 1 to {self.N}")
+        whole = range(1, self.N + 1)
+        check(num_targets in whole, "num_targets", num_targets, f"from 1 to {self.N}")
         check_range("target_scale", target_scale, 1e-6, 1)
         check_range("context_scale", context_scale, 1e-6, 1)
         check_range("target_aspect", target_aspect, 0.01, 100)

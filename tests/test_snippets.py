@@ -217,6 +217,7 @@ class VisionTransformer(nn.Module):
     def __init__(self, image=24, patch=4, width=32):
         super().__init__()
         self.embed_dim, self.patch_embed = width, Patches(image, patch, width)
+        self.norm_pre, self.num_prefix_tokens = nn.Identity(), 0
         N = math.prod(self.patch_embed.grid_size)
         self.pos_embed = nn.Parameter(0.5 * torch.randn(1, N, width))
         self.blocks = nn.Sequential(Block(width, 4), Block(width, 4))
@@ -240,6 +241,17 @@ def foreign(monkeypatch):
     names = run(*snippets("An encoder of your own"))
     masks = names["masking"](8, torch.Generator().manual_seed(0))
     return names["model"], torch.randn(8, 3, 24, 24), masks
+
+
+@pytest.mark.parametrize("name, value", [
+    ("num_prefix_tokens", 4), ("norm_pre", nn.LayerNorm(32)), ("rope", nn.Identity())])
+def test_the_adapter_refuses_a_transformer_that_is_not_plain(monkeypatch, name, value):
+    monkeypatch.setitem(sys.modules, "timm", types.SimpleNamespace(create_model=create_model))
+    adapter = run(*snippets("An encoder of your own"))["TimmEncoder"]
+    vit = VisionTransformer()
+    setattr(vit, name, value)
+    with pytest.raises(ValueError, match="expected a plain ViT"):
+        adapter(vit)
 
 
 def test_an_encoder_from_elsewhere_trains_and_its_target_follows(foreign):
