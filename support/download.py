@@ -24,14 +24,14 @@ ARCHIVES = {
     "stl10": ("http://ai.stanford.edu/~acoates/stl10/stl10_binary.tar.gz",
               "91f7769df0f17e558f3565bffb0c7dfb", "stl10_binary"),
 }
-# MedMNIST's volumes of 28 voxels a side (Yang et al. 2023, version 2): name, MD5 of its .npz.
-MEDMNIST3D = "https://zenodo.org/record/6496656/files/"
+# MedMNIST's volumes of 28 voxels a side (Yang et al. 2023, version 3): name, MD5 of its .npz.
+MEDMNIST3D = "https://zenodo.org/records/10519652/files/"
 VOLUMES = {
-    "organmnist3d": "21f0a239e7f502e6eca33c3fc453c0b6",
+    "organmnist3d": "a0c5a1ff56af4f155c46d46fbb45a2fe",
     "nodulemnist3d": "8755a7e9e05a4d9ce80a24c3e7a256f3",
     "adrenalmnist3d": "bbd3c5a5576322bc4cdfea780653b1ce",
     "fracturemnist3d": "6aa7b0143a6b42da40027a9dda61302f",
-    "vesselmnist3d": "2ba5b80617d705141f3f85627108fce8",
+    "vesselmnist3d": "b41fd4f7e7e2feedddb201585ecafa1b",
     "synapsemnist3d": "1235b78a3cd6280881dd7850a78eadb6",
 }
 STALL = 30  # seconds without a byte after which a connection counts as dropped

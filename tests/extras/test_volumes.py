@@ -127,7 +127,7 @@ def test_medmnist_volumes_are_read_by_name_and_asked_for_if_missing(tmp_path, mo
                         lambda url, part: asked.append(url) or part.write_bytes(b"not it"))
     with pytest.raises(UsageError, match="put nodulemnist3d.npz into"):
         data.load("nodulemnist3d", "train", tmp_path)
-    assert set(asked) == {"https://zenodo.org/record/6496656/files/nodulemnist3d.npz"}
+    assert set(asked) == {"https://zenodo.org/records/10519652/files/nodulemnist3d.npz"}
 
 
 # --- figures by slice -----------------------------------------------------------------------------
