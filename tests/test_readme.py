@@ -223,7 +223,7 @@ def test_the_masks_a_second_are_those_of_the_committed_file():
 # --- the contrast ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["comparison_cifar10", "ablations"])
+@pytest.mark.parametrize("name", ["dial", "comparison_cifar10", "ablations"])
 def test_the_tables_of_the_contrast_are_those_of_results(name):
     markdown = experiments.markdown(read(name)["rows"], "", "").strip().split("\n\n")[-1]
     assert markdown in PAGES["contrast.md"]
@@ -232,6 +232,22 @@ def test_the_tables_of_the_contrast_are_those_of_results(name):
 def ahead(rows, name, other, measure):
     """By how much one row is ahead of another, seed by seed."""
     return [a[measure] - b[measure] for a, b in zip(rows[name], rows[other], strict=True)]
+
+
+def test_the_lines_of_the_dial_cross():
+    """The MAE is ahead where dots can be predicted, I-JEPA where none can, by what is said."""
+    said = section("contrast.md", "When do representations beat pixels?")
+    rows = {name: row["runs"] for name, row in read("dial")["rows"].items()}
+    for detail, first, second, words in (
+            ("0", "MAE", "I-JEPA", "by {:.1f} points of the linear probe and {:.1f} of kNN"),
+            ("0.5", "MAE", "I-JEPA", "where half of them can, by {:.1f} and {:.1f}"),
+            ("1", "I-JEPA", "MAE", "ahead by {:.1f} and {:.1f}")):
+        by = [ahead(rows, f"{first}, detail {detail}", f"{second}, detail {detail}", measure)
+              for measure in ("linear", "knn")]
+        assert all(min(values) > 0 for values in by)
+        assert words.format(*(100 * statistics.mean(values) for values in by)) in said
+    steps = [f"{rows[f'{name}, detail 1'][0]['steps']:,}" for name in experiments.METHODS]
+    assert "{} steps of I-JEPA, {} of the MAE, {} of supervision".format(*steps) in said
 
 
 def test_what_is_said_of_mae_and_supervision_on_photographs_is_so():
