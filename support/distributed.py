@@ -6,6 +6,8 @@ generator and keeps its own rows. Only the first process writes. Outside torchru
 """
 
 import contextlib
+import gc
+import importlib
 import itertools
 import os
 from datetime import timedelta
@@ -54,6 +56,9 @@ def team(device):
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    # DistributedDataParallel imports this. Imported while a group lives, it keeps the group, whose
+    # threads then may still hold tensors when the interpreter ends, and abort the process.
+    importlib.import_module("torch._dynamo")
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     # A prefix of its own: the store still has the addresses of an earlier team, or of processes
     # that were lost and restarted.
@@ -65,6 +70,7 @@ def team(device):
     try:
         yield
     finally:
+        gc.collect()  # a Parallel, gone but for its cycles, would keep the group's threads alive
         dist.destroy_process_group()
 
 

@@ -25,7 +25,7 @@ PROGRAMS = {"ijepa": ("train", []), "mae": ("extras.mae", []),
             "accumulated": ("train", ["--accumulation", "2", "--batch-size", "8"])}
 # What each process does: it trains, says when it writes a file, and perhaps kills itself once.
 SCRIPT = """
-import importlib, os, signal, sys
+import glob, importlib, os, pathlib, signal, sys
 import train
 from support import checkpoint, command_line, logs
 rank = os.environ.get("RANK", "0")
@@ -40,6 +40,8 @@ def killed(*given):
 train.train_step = killed
 for program, flags in RUNS:
     command_line.run(lambda: importlib.import_module(program).main(flags))
+    names = [pathlib.Path(task, "comm").read_text() for task in glob.glob("/proc/self/task/*")]
+    print("threads", sum("gloo" in name for name in names), flush=True)
 """
 
 
@@ -110,6 +112,12 @@ def test_only_the_first_process_writes(together):
     # config.json, metrics.csv, checkpoint.pt and encoder.pt of each run
     assert said.count(["writes", "0"]) == 4 * len(PROGRAMS) and ["writes", "1"] not in said
     assert together[1].count("next: python evaluate.py") == len(PROGRAMS)
+
+
+def test_no_thread_of_the_team_outlives_a_run(together):
+    """One that still holds a tensor when Python ends aborts the process, once in some hundred."""
+    said = [line for line in together[1].splitlines() if line.startswith("threads")]
+    assert said == ["threads 0"] * 2 * len(PROGRAMS)
 
 
 def test_a_killed_process_is_replaced_and_the_run_ends_as_if_nothing_had_happened(
