@@ -348,6 +348,7 @@ def main(argv=None):
     parser.add_argument("what", choices=("comparison", "ablations", "recipe", "dial"))
     parser.add_argument("--preset", help="preset of every run [shapes; of recipe cifar10]")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds [0]")
+    parser.add_argument("--name", help="results/NAME.json, images/NAME.png [the experiment, preset]")
     parser.add_argument("--finetune", type=int, default=0, help="epochs of fine-tuning [0: none]")
     parser.add_argument("--jobs", type=int, default=1, help="runs trained at the same time [1]")
     parser.add_argument("--note", default="", help="what a reader must know, as 'JPEG copy.'")
@@ -356,21 +357,21 @@ def main(argv=None):
     args.command = shlex.join(["python", "-m", "extras.experiments", *argv])
     usual = "cifar10" if args.what == "recipe" else "shapes"
     args.preset = args.preset or usual
-    args.table = args.what if args.preset == usual else f"{args.what}_{args.preset}"
+    args.table = args.name or f"{args.what}_{args.preset}".removesuffix(f"_{usual}")
     table = Table(args)
     make = {"comparison": comparison, "recipe": recipe, "dial": dial}.get(args.what)
     rows = make(args, table) if make else ABLATIONS
     table.runs = [plan(args, name, *row[:2], seed) for seed in args.seeds
                   for name, row in rows.items()]
     table.fill()
-    if args.what == "ablations":
-        title = f"{args.preset}: what each part of I-JEPA is worth"
-        charts.ablations_figure(table.rows(), title).savefig(f"images/{args.table}.png", dpi=130)
-    elif args.what == "recipe":
-        title = "CIFAR-10: changes of one recipe, at equal seconds"
-        charts.ablations_figure(table.rows(), title).savefig(f"images/{args.table}.png", dpi=130)
-    elif args.what == "dial":
-        charts.dial_figure(table.rows()).savefig(f"images/{args.table}.png", dpi=130)
+    figures = {
+        "ablations": lambda rows: charts.ablations_figure(
+            rows, f"{args.preset}: what each part of I-JEPA is worth"),
+        "recipe": lambda rows: charts.ablations_figure(
+            rows, "CIFAR-10: changes of one recipe, at equal seconds"),
+        "dial": charts.dial_figure}
+    if args.what in figures:
+        figures[args.what](table.rows()).savefig(f"images/{args.table}.png", dpi=130)
     print(table.path.with_suffix(".md").read_text(encoding="utf-8"))
 
 
