@@ -15,10 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
@@ -30,7 +28,8 @@ from config import Config, UsageError, check
 from models import patchify
 from support import command_line
 from support.logs import complete_rows
-from support.plots import COLORS, curves_figure, plain, save_figure, table
+from support.plots import (class_dots, class_legend, curves_figure, headline, plain, save_figure,
+                           table)
 
 # --- images for display ---------------------------------------------------------------------------
 
@@ -68,21 +67,17 @@ def to_pixels(flags, grid, p):
 
 
 def mask_figure(pictures, masks, grid, title=""):
-    """A row for each image: all of it, what the context encoder sees, each target block in color.
+    """A row for each image: all of it, what the context encoder sees, and each target block.
 
-    pictures [B, 3, H, W] with their Masks; grid: rows and columns of patches.
+    pictures [B, 3, H, W] with their Masks; grid: rows and columns of patches. The rest is white.
     """
     p = pictures.shape[-1] // grid[-1]
     context, targets = (to_pixels(part, grid, p) for part in masks.maps(math.prod(grid)))
-    columns = [("image", pictures),
-               ("context", torch.where(context[:, None], pictures, 1.0))]  # hidden: white
-    pale = 0.25 * pictures + 0.75
-    for m, block in enumerate(targets.unbind(1)):  # each [B, H, W]
-        color = pictures.new_tensor(to_rgb(COLORS[m % len(COLORS)])).view(3, 1, 1)
-        tinted = 0.6 * pictures + 0.4 * color
-        name = f"target block {m + 1}" if targets.shape[1] > 1 else "targets, merged"
-        columns.append((name, torch.where(block[:, None], tinted, pale)))
-    return table(columns, title)[0]
+    M = targets.shape[1]
+    names = [f"target block {m + 1}" for m in range(M)] if M > 1 else ["targets, merged"]
+    parts = {"context": context, **dict(zip(names, targets.unbind(1)))}  # each [B, H, W]
+    shown = [(name, torch.where(part[:, None], pictures, 1.0)) for name, part in parts.items()]
+    return table([("image", pictures), *shown], title)[0]
 
 
 # --- what the predictor imagines ------------------------------------------------------------------
@@ -144,42 +139,41 @@ def neighbours_figure(model, untrained, images, pictures, masks, gallery, title=
     one. Two controls: nearest to the *true* feature, the best that this gallery can do, and to what
     an `untrained` predictor answers.
     """
-    return table(imagine(model, untrained, images, pictures, masks, gallery), title, side=1.6)[0]
+    return table(imagine(model, untrained, images, pictures, masks, gallery), title, side=2)[0]
 
 
 # --- features -------------------------------------------------------------------------------------
 
 
 def tsne_figure(features, labels, class_names, title="", seed=0):
-    """t-SNE of several features of the same images, side by side; a color for each class.
+    """t-SNE of several features of the same images, side by side, in the colors of ten classes.
 
+    Each panel also says how often an image's nearest, by cosine of all D dimensions, has its class.
     features: a dict of name -> float [n, D]; labels int64 [n]. Raises UsageError if n is below 2.
     """
-    n = len(labels)
+    n, labels = len(labels), labels.cpu()
     if n < 2:
         raise UsageError(f"t-SNE places images by their distances and needs two or more, got {n}")
-    figure = Figure(figsize=(4.8 * len(features), 5.4), layout="constrained")
+    figure = Figure(figsize=(4.8 * len(features), 5.8), layout="constrained")
     panels = figure.subplots(1, len(features), squeeze=False)[0]
-    colors = np.array([to_rgb(color) for color in COLORS])[labels.cpu() % len(COLORS)]  # [n, 3]
     for axes, (name, x) in zip(panels, features.items()):
-        x = PCA(min(50, *x.shape), random_state=seed).fit_transform(x.cpu().numpy())  # [n, 50]
+        x = x.cpu()
+        alike = (labels[nearest(x, x, 2)[:, 1]] == labels).float().mean()
+        x = PCA(min(50, *x.shape), random_state=seed).fit_transform(x.numpy())  # [n, 50]
         start = 1e-4 * x[:, :2] / max(x[:, 0].std(), 1e-9)  # init="pca", safe from 0 / 0
         perplexity = min(30, max(1, (n - 1) / 3))  # neighbours: one at least, below n
         tsne = TSNE(perplexity=perplexity, init=start, angle=0.8, random_state=seed)
-        axes.scatter(*tsne.fit_transform(x).T, s=20_000 / (1_000 + n), linewidths=0, c=colors)
+        class_dots(axes, tsne.fit_transform(x), labels.numpy())
         axes.set(xticks=[], yticks=[])
-        axes.set_title(plain(name), fontsize=10)
-    if len(class_names) <= len(COLORS):  # more classes share colors: a legend would say nothing
-        dots = [panels[0].scatter([], [], s=30, color=COLORS[k]) for k in range(len(class_names))]
-        figure.legend(dots, list(map(plain, class_names)), loc="outside lower center", fontsize=9,
-                      ncols=min(len(class_names), 5), frameon=False)
-    figure.suptitle(plain(title), fontsize=10)
+        axes.set_title(f"{plain(name)}\nnearest image has the same class: {alike:.0%}")
+    class_legend(figure, class_names)
+    headline(figure, title)
     return figure
 
 
 # --- the figures of a run -------------------------------------------------------------------------
 
-SHOWN = 6  # images in the rows of a figure
+SHOWN = 4  # images in the rows of a figure
 
 
 @dataclass
@@ -291,7 +285,7 @@ def parse(argv, description):
     """The command line as a namespace."""
     p = command_line.Parser(description=description)
     p.add_argument("run", type=Path, metavar="RUN", help="run folder that train.py wrote")
-    p.add_argument("--images", type=int, default=2000, help="images in t-SNE; all but the six "
+    p.add_argument("--images", type=int, default=2000, help="images in t-SNE; all but the four "
                    "shown also fill hidden patches (default 2000)")
     p.add_argument("--data-dir", help="folder of the data, if it has moved since training")
     p.add_argument("--seed", type=int, default=0, help="seed of images and masks (default 0)")

@@ -33,6 +33,7 @@ import train
 from config import UsageError
 from extras import charts, probes, trained_heads
 from support import checkpoint, command_line, shapes
+from support.plots import save_figure
 from support.results import provenance, write_json
 
 FOLDER, LABELS = Path("runs/experiments"), 10_000  # labelled training images of the probes
@@ -348,7 +349,7 @@ def main(argv=None):
     parser.add_argument("what", choices=("comparison", "ablations", "recipe", "dial"))
     parser.add_argument("--preset", help="preset of every run [shapes; of recipe cifar10]")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds [0]")
-    parser.add_argument("--name", help="results/NAME.json, images/NAME.png [the experiment, preset]")
+    parser.add_argument("--name", help="results/NAME.json, images/NAME.png [experiment, preset]")
     parser.add_argument("--finetune", type=int, default=0, help="epochs of fine-tuning [0: none]")
     parser.add_argument("--jobs", type=int, default=1, help="runs trained at the same time [1]")
     parser.add_argument("--note", default="", help="what a reader must know, as 'JPEG copy.'")
@@ -366,12 +367,12 @@ def main(argv=None):
     table.fill()
     figures = {
         "ablations": lambda rows: charts.ablations_figure(
-            rows, f"{args.preset}: what each part of I-JEPA is worth"),
+            rows, f"{args.preset}: I-JEPA with one thing changed"),
         "recipe": lambda rows: charts.ablations_figure(
             rows, "CIFAR-10: changes of one recipe, at equal seconds"),
         "dial": charts.dial_figure}
     if args.what in figures:
-        figures[args.what](table.rows()).savefig(f"images/{args.table}.png", dpi=130)
+        save_figure(figures[args.what](table.rows()), f"images/{args.table}.png")
     print(table.path.with_suffix(".md").read_text(encoding="utf-8"))
 
 

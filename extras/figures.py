@@ -6,6 +6,7 @@
 Notation, `images` and `pictures` as in predict_and_visualize.py. Volumes are drawn by slices.
 """
 
+import itertools
 import json
 import math
 
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
 from sklearn.decomposition import PCA
 
 import evaluate
@@ -25,7 +27,7 @@ from extras.volumes import by_slice
 from masking import Masks, to_indices
 from predict_and_visualize import fill, make_gallery, nearest
 from support import command_line
-from support.plots import COLORS, table
+from support.plots import COLORS, MAP, headline, table
 from support.results import read_json, write_json
 
 # --- small pieces ---------------------------------------------------------------------------------
@@ -37,16 +39,12 @@ def add_bar(figure, axes, label, **options):
     figure.colorbar(axes.flat[-1].images[-1], ax=axes, label=label, **options)
 
 
-def frame(axes, corner, sides, color):
+def frame(axes, corner, sides, color=COLORS[5]):
     """Outline a block: corner (row, column) and sides (height, width) in pixels of its image."""
     (row, column), (height, width) = corner, sides
+    on_any_ground = [withStroke(linewidth=4, foreground="white")]
     axes.add_patch(Rectangle((column - 0.5, row - 0.5), width, height, fill=False, edgecolor=color,
-                             linewidth=1.8))
-
-
-def cosine_distance(output):
-    """1 - cosine of the predictions and targets of an Output, [B, M, Nt]."""
-    return 1 - F.cosine_similarity(output.predictions, output.targets, dim=-1)
+                             linewidth=2, path_effects=on_any_ground))
 
 
 # --- which patches a sampler uses -----------------------------------------------------------------
@@ -96,24 +94,25 @@ def coverage_figure(masking, generator, batch_size=64, batches=16):
     maps = [masking(batch_size, generator).maps(masking.N) for _ in range(batches)]
     ours = (torch.cat([context for context, _ in maps]).float().mean(0),
             torch.cat([targets.any(1) for _, targets in maps]).float().mean(0))
-    rows = [("ours", ours)]
-    if len(masking.grid) == 2:
+    rows, flat = [("ours", ours)], len(masking.grid) == 2
+    if flat:
         official = official_coverage(masking.grid, batch_size, batches, generator)
         rows.append(("official rules", official))
-    flat = len(masking.grid) == 2
-    figure = Figure(figsize=(6.4, 6.6) if flat else (12, 2.4), layout="constrained")
-    for row, (name, found) in zip(figure.subplots(len(rows), 2, squeeze=False), rows):
-        for axes, part, values in zip(row, ("context", "any target"), found):
+    figure = Figure(figsize=(7, 7.2) if flat else (12, 2.6), layout="constrained")
+    panels = figure.subplots(len(rows), 2, squeeze=False)
+    for row, (name, found) in zip(panels, rows):
+        for axes, part, values in zip(row, ("context", "a target"), found):
             never = (values == 0).sum().item()
             values = values.view(-1, *masking.grid[-2:])  # [layers, rows, columns]
             values = F.pad(values, (0, 1), value=math.nan).movedim(0, 1).flatten(1)[:, :-1]
-            image = axes.imshow(values.numpy(), cmap="viridis", vmin=0)
-            axes.set_title(f"{name}: {part}\n{never} of {masking.N} cells never", fontsize=9)
+            image = axes.imshow(values.numpy(), cmap=MAP, vmin=0, vmax=1)
+            size = min(12, 90 / values.shape[1])  # points
+            axes.plot(*(values == 0).nonzero().T.flip(0), "x", color="white", markersize=size)
+            axes.set_title(f"{name}: {part}\n{never} of {masking.N} patches never (x)")
             axes.set(xticks=[], yticks=[])
-            figure.colorbar(image, ax=axes, shrink=0.8)
-    figure.suptitle(f"How often each patch of a {'x'.join(map(str, masking.grid))} grid is used, "
-                    "as a fraction of images:\nnothing is learned from a cell that is never drawn "
-                    "(0)", fontsize=10)
+    figure.colorbar(image, ax=panels, shrink=0.6, label="fraction of images")
+    headline(figure, f"How often each patch of a {'x'.join(map(str, masking.grid))} grid is "
+             "context or target.\nNothing is learned from a patch that is never drawn")
     return figure
 
 
@@ -132,60 +131,58 @@ def slide(grid, sides):
 
 
 @torch.no_grad()
-def moving_block_figure(model, images, pictures, gallery, sides=None, places=5, title=""):
-    """One block slides over each image: what is imagined at up to `places` places of the middle
-    row, and the error at every place.
+def moving_block_figure(model, images, pictures, gallery, sides=None, places=4, title=""):
+    """One block at up to `places` places of the middle row of each image, filled from what is
+    predicted there and, below, from the true features, the best that this gallery can do.
 
-    sides: rows and columns of the block, in patches; by default about 17.5% of the grid. The error
-    is the cosine distance of predicted and true features, averaged over the block, drawn at the
-    block's center. Raises UsageError for volumes.
+    sides: rows and columns of the block, in patches; by default about 17.5% of the grid. Raises
+    UsageError for volumes.
     """
     grid, p = model.target_encoder.grid, model.target_encoder.patch_size
     if len(grid) != 2:
         raise UsageError("a moving block is drawn for images, not for volumes")
     sides = sides or [max(1, round(side * 0.175**0.5)) for side in grid]
-    masks = slide(grid, sides).to(images.device)
     down, across = (side - length + 1 for side, length in zip(grid, sides))  # places on each axis
     steps = torch.linspace(0, across - 1, min(places, across)).round().long()
-    chosen = down // 2 * across + steps  # of the P places
-    filled, errors = [], []
+    masks = slide(grid, sides)[down // 2 * across + steps].to(images.device)
+    filled = []  # of each image and place: from the prediction, and from the true features
     for image, picture in zip(images, pictures):
-        output = model(image.expand(down * across, *image.shape), masks)
-        filled.append(fill(picture.expand(len(steps), *picture.shape), masks[chosen],
-                           output.predictions[chosen], gallery, p))
-        errors.append(cosine_distance(output).mean((1, 2)).view(down, across).cpu())
-    filled, errors = torch.stack(filled), torch.stack(errors)  # [B, places, 3, H, W], [B, *, *]
-    columns = [(f"column {step + 1}", filled[:, i]) for i, step in enumerate(steps)]
-    columns = [("image", pictures), *columns, ("error, by center", 0.5 + 0.5 * pictures)]
-    figure, axes = table(columns, title)
-    top, left = ((length - 1) / 2 * p - 0.5 for length in sides)  # center patch of the first place
-    for row, error in zip(axes, errors):
+        output = model(image.expand(len(steps), *image.shape), masks)
+        scene = picture.expand(len(steps), *picture.shape)
+        filled += [fill(scene, masks, features, gallery, p)
+                   for features in (output.predictions, output.targets)]
+    columns = [(f"block at column {step + 1}", part)
+               for step, part in zip(steps, torch.stack(filled, dim=1))]  # each [2*B, 3, H, W]
+    columns = [("image", pictures.repeat_interleave(2, dim=0)), *columns]
+    figure, axes = table(columns, title, side=2)
+    for row, name in zip(axes, itertools.cycle(("predicted", "true features"))):
+        row[0].set_ylabel(name)
         for panel, step in zip(row[1:], steps):
-            frame(panel, (down // 2 * p, step * p), (sides[0] * p, sides[1] * p), COLORS[5])
-        row[-1].imshow(error.numpy(), cmap="magma", vmin=0, vmax=errors.max().item(),
-                       extent=(left, left + across * p, top + down * p, top))
-        row[-1].set(xlim=(-0.5, grid[1] * p - 0.5), ylim=(grid[0] * p - 0.5, -0.5))
-    add_bar(figure, axes[:, -1], "cosine distance", shrink=0.8)
+            frame(panel, (down // 2 * p, step * p), (sides[0] * p, sides[1] * p))
     return figure
 
 
 @torch.no_grad()
 def error_figure(model, masking, images, pictures, generator, draws=32, title=""):
     """Where prediction is hard: mean cosine distance of predicted and true feature for each patch,
-    over many masks."""
+    over many masks, below each image; the tenth of the patches where it is largest is framed."""
     B, N, grid = len(images), masking.N, masking.grid
     total, count = torch.zeros(B, N), torch.zeros(B, N)
     for _ in range(draws):
         masks = masking(B, generator)
-        distance = cosine_distance(model(images, masks.to(images.device))).cpu()  # [B, M, Nt]
-        real = masks.targets_valid
+        output = model(images, masks.to(images.device))
+        distance = 1 - F.cosine_similarity(output.predictions, output.targets, dim=-1).cpu()
+        real = masks.targets_valid  # [B, M, Nt], as the distance
         total.scatter_add_(1, masks.targets.flatten(1), (distance * real).flatten(1))
         count.scatter_add_(1, masks.targets.flatten(1), real.float().flatten(1))
-    error = (total / count.clamp(min=1)).unflatten(1, grid)  # [B, rows, columns]
-    rows = by_slice(pictures, grid), by_slice(error, grid)
-    figure, axes = table([("", pair) for pair in zip(*rows)], title, cmap="magma",
+    error = by_slice((total / count.clamp(min=1)).unflatten(1, grid), grid)  # [B, rows, columns]
+    shown = by_slice(pictures, grid)
+    figure, axes = table([("", pair) for pair in zip(shown, error)], title, side=2,
                          vmax=error.max().item())
-    add_bar(figure, axes, "cosine distance", shrink=0.6)
+    p = shown.shape[-1] // grid[-1]
+    for i, down, across in (error >= error.quantile(0.9)).nonzero().tolist():
+        frame(axes[0, i], (p * down, p * across), (p, p))
+    add_bar(figure, axes[1:], "cosine distance", shrink=0.9)
     return figure
 
 
@@ -229,7 +226,7 @@ def reconstruction_figure(model, images, masks, dataset, title=""):
     and the image, a row for each of the normalised images of an ImageDataset."""
     seen, answer = mae.reconstruct(model, images, masks)
     columns = [("seen", seen), ("reconstructed", answer), ("image", images)]
-    return table([(name, core.rgb(part, dataset)) for name, part in columns], title, side=1.6)[0]
+    return table([(name, core.rgb(part, dataset)) for name, part in columns], title, side=2)[0]
 
 
 # --- what the encoder sees ------------------------------------------------------------------------
@@ -250,8 +247,7 @@ def attention_weights(encoder, images):
 
 
 def attention_figure(encoder, images, pictures, title="", queries=None):
-    """Attention of the last block, averaged over heads: for each image the mean over all queries,
-    then that of single patches.
+    """Attention of the last block, averaged over heads, that single patches pay to all of an image.
 
     queries: patch indices, by default three far from each other. Weights are in multiples of an
     even share, 1/N.
@@ -262,14 +258,13 @@ def attention_figure(encoder, images, pictures, title="", queries=None):
         places = np.array([share[-len(grid) :] for share in shares]) * grid  # [3, axes]
         queries = np.ravel_multi_index(places.astype(int).T, grid)  # [3]
     weights = attention_weights(encoder, images).mean(1).cpu() * math.prod(grid)  # [B, N, N]
-    maps = {"mean of all": weights.mean(1)}  # each [B, N]
-    maps |= {f"from patch {query}": weights[:, query] for query in queries}
-    top = torch.stack(list(maps.values())).quantile(0.99).item()
-    columns = [("image", pictures), *((name, m.unflatten(1, grid)) for name, m in maps.items())]
-    figure, axes = table([(name, by_slice(part, grid)) for name, part in columns], title,
-                         cmap="viridis", vmax=top)
+    maps = weights[:, queries].unbind(1)  # each [B, N]
+    columns = [("image", pictures), *((f"from patch {query}", part.unflatten(1, grid))
+                                      for query, part in zip(queries, maps))]
+    figure, axes = table([(name, by_slice(part, grid)) for name, part in columns], title, side=2,
+                         vmax=torch.stack(maps).quantile(0.99).item())
     for i, row in enumerate(axes):
-        for panel, query, color in zip(row[2:], queries, (COLORS[5], COLORS[3], COLORS[0])):
+        for panel, query, color in zip(row[1:], queries, (COLORS[5], COLORS[3], COLORS[8])):
             *layer, down, across = np.unravel_index(query, grid)
             if not layer or i % grid[0] == layer[0]:  # of a volume, only in its slice
                 frame(panel, (down, across), (1, 1), color)
@@ -279,20 +274,42 @@ def attention_figure(encoder, images, pictures, title="", queries=None):
 
 
 def token_figure(tokens, grid, pictures, title=""):
-    """The first three principal components of patch tokens [B, N, D] as red, green and blue, below
-    each image [B, 3, H, W]."""
-    parts = PCA(3).fit_transform(tokens.flatten(0, 1).cpu().numpy())  # [B*N, 3]
-    low, high = np.percentile(parts, [2, 98], axis=0)
-    colors = torch.tensor((parts - low) / np.maximum(high - low, 1e-9)).clamp(0, 1)
-    colors = colors.unflatten(0, tokens.shape[:2]).mT.unflatten(2, grid)  # [B, 3, rows, columns]
-    rows = by_slice(pictures, grid), by_slice(colors, grid)
-    return table([("", pair) for pair in zip(*rows)], title)[0]
+    """Patch tokens as colors, red, green and blue the first three principal components, below each
+    image [B, 3, H, W].
+
+    tokens: a dict of name -> [n, N, D], the B images first. To the left stands how much of the
+    tokens' variance the colors show, and how much the place alone explains.
+    """
+    rows = {"image": pictures}
+    for name, x in tokens.items():
+        deviations = x.cpu() - x.cpu().mean((0, 1))
+        place = deviations.mean(0).square().mean() / deviations.square().mean()
+        pca = PCA(3).fit(deviations.flatten(0, 1).numpy())
+        parts = pca.transform(deviations.flatten(0, 1).numpy())  # [n*N, 3]
+        low, high = np.percentile(parts, [2, 98], axis=0)
+        colors = torch.tensor((parts - low) / np.maximum(high - low, 1e-9)).clamp(0, 1)
+        colors = colors.unflatten(0, x.shape[:2]).mT.unflatten(2, grid)  # [n, 3, rows, columns]
+        shares = f"colors {pca.explained_variance_ratio_.sum():.0%}, place {place:.0%}"
+        rows[f"{name}\n{shares}"] = colors[: len(pictures)]
+    columns = [("", column) for column in zip(*(by_slice(part, grid) for part in rows.values()))]
+    figure, axes = table(columns, title, side=2)
+    for panel, name in zip(axes[:, 0], rows):
+        panel.set_ylabel(name)
+    return figure
 
 
-def nearest_images_figure(queries, matches, title=""):
-    """Each query [Q, 3, H, W], then the k images found for it, best first: [Q, k, 3, H, W]."""
+def nearest_images_figure(queries, matches, title="", same=None):
+    """Each query [Q, 3, H, W], then the k images found for it, best first: [Q, k, 3, H, W].
+
+    same: bool [Q, k], which of them are of the query's class; they are framed, and counted.
+    """
+    if same is not None:
+        title += f" (Framed: the query's class, {same.sum()} of {same.numel()}.)"
     columns = [(f"nearest {j + 1}", matches[:, j]) for j in range(matches.shape[1])]
-    return table([("query", queries), *columns], title)[0]
+    figure, axes = table([("query", queries), *columns], title, side=1.8)
+    for row, j in () if same is None else same.nonzero().tolist():
+        axes[row, j + 1].spines[:].set(color=COLORS[4], linewidth=5)
+    return figure
 
 
 # --- the figures of a run -------------------------------------------------------------------------
@@ -306,15 +323,15 @@ def predictor_figures(run, generator):
     if run.about["axes"] == 2:
         gallery = make_gallery(run.model, *run.take(range(rows, len(run.images))))
         yield "moving_block", moving_block_figure(
-            run.model, images[:4], pictures[:4], gallery,
+            run.model, images[:2], pictures[:2], gallery,
             title=f"{run.what}: one block, predicted at several places.\n"
-            "How does the answer change with the place, and where is the error high?")
+            "Does the answer follow the place, and how much better are the true features?")
     else:
         print("left out moving_block: it is drawn for images, not for volumes")
     yield "prediction_error", error_figure(
         run.model, run.masking, images, pictures, generator,
-        title=f"{run.what}: where prediction is hard (mean of 32 masks).\n"
-        "Are outlines and small things harder than plain ground?")
+        title=f"{run.what}: error of the predicted features, mean of 32 masks.\n"
+        "What do the hardest tenth of the patches (framed) have in common?")
 
 
 def decoder_figures(run, generator):
@@ -329,34 +346,38 @@ def decoder_figures(run, generator):
     images, _ = run.take(range(run.rows))
     yield "reconstruction", reconstruction_figure(
         model, images, masking(run.rows, generator).to(run.device), run.images,
-        f"{run.what}: {masking.count} of {masking.N} patches hidden, and the decoder's answer.\n"
-        "Each has the true patch's mean and contrast,\nwhich the decoder is not asked for")
+        f"{run.what}: what the decoder answers.\n"
+        f"{masking.count} of {masking.N} patches are hidden; their mean and contrast are given")
 
 
 def encoder_figures(run):
     """Yields (file name, Figure): how a run's target encoder sees patches, and whole images."""
     rows, encoder = run.rows, run.encoder
     flat = run.about["axes"] == 2
-    images, pictures = run.take(range(rows if flat else min(rows, volumes.SHOWN)))
+    images, pictures = run.take(range(min(64, len(run.images))))
+    few = slice(rows if flat else volumes.SHOWN)
+    untrained = evaluate.untrained_encoder(run.config, run.about, run.seed).to(run.device)
     with torch.no_grad():
-        tokens = encoder(images)  # [B, N, D]
+        tokens = {"untrained encoder": untrained(images), "target encoder": encoder(images)}
     yield "tokens", token_figure(
-        tokens, encoder.grid, pictures,
-        f"{run.what}: first three principal components of the patch tokens.\n"
-        "Do patches that look alike get like colors, in all images?")
+        tokens, encoder.grid, pictures[few],
+        f"{run.what}: patch tokens, three principal components as colors.\n"
+        "Do they follow the image or the place? (Left: shares of the tokens' variance.)")
     yield "attention", attention_figure(
-        encoder, images[:4], pictures[:4], f"{run.what}: attention of the last block.\n"
+        encoder, images[few], pictures[few], f"{run.what}: attention of the last block.\n"
         "How does it depend on the patch that attends (framed)?")
     pooled = evaluate.features(encoder, run.images, encoder.image_size, run.device)  # [n, D]
-    found = rows + nearest(pooled[:rows], pooled[rows:], min(7, len(pooled) - rows))  # [rows, 7]
+    found = rows + nearest(pooled[:rows], pooled[rows:], min(5, len(pooled) - rows))  # [rows, 5]
     queries, matches = run.take(range(rows))[1], run.take(found.flatten())[1]
     if not flat:
         middle = queries.shape[2] // 2
         queries, matches = queries[:, :, middle], matches[:, :, middle]
+    labels = run.images.labels
     yield "nearest_images", nearest_images_figure(
         queries, matches.unflatten(0, found.shape),
         f"{run.what}: nearest of {len(pooled) - rows:,} images by pooled target features.\n"
-        "What makes two images alike?")
+        "What makes two images alike?",
+        None if labels is None else labels[found] == labels[:rows, None])
 
 
 def recorded_figures(run):

@@ -11,7 +11,7 @@ import torch
 from masking import Masks, to_indices
 from predict_and_visualize import imagine, make_gallery, mask_figure, table
 
-SHOWN = 2  # volumes in the rows of a figure, each with S rows
+SHOWN = 1  # volume in the rows of a figure, with S rows
 
 
 def by_slice(pixels, grid):
@@ -45,4 +45,4 @@ def predictor_figures(run):
     yield "predictor_neighbours", table(
         [(name, by_slice(part, grid)) for name, part in columns],
         f"{run.what}, by slice: hidden cubes, filled with the nearest of other volumes.\n"
-        "Does 'predicted' continue what the context shows?")[0]
+        "Does 'predicted' continue what the context shows?", side=2)[0]

@@ -50,13 +50,10 @@ def test_masks_are_drawn_where_they_are(toy):
     _, pictures, _, masks = toy
     figure = viz.mask_figure(pictures[:4], masks, (6, 6))
     context, targets = masks.maps(36)
-    shown = torch.tensor(figure.axes[1].images[0].get_array())  # [H, W, 3]
-    white = patchify((shown == 1).all(-1)[None, None], 4)[0].all(-1)  # [N]
-    assert torch.equal(~white, context[0])
-    for m in range(4):
-        shown = torch.tensor(figure.axes[2 + m].images[0].get_array()).movedim(-1, 0)
-        pale = (shown - (0.25 * pictures[0] + 0.75)).abs().amax(0) < 1e-6
-        assert torch.equal(~patchify(pale[None, None], 4)[0].all(-1), targets[0, m])
+    for axes, part in zip(figure.axes[1:6], (context[0], *targets[0])):
+        shown = torch.tensor(axes.images[0].get_array())  # [H, W, 3]
+        white = patchify((shown == 1).all(-1)[None, None], 4)[0].all(-1)  # [N]
+        assert torch.equal(~white, part)
 
 
 # --- what the predictor imagines ------------------------------------------------------------------
@@ -107,13 +104,37 @@ def test_curves_leave_out_what_was_not_measured_and_skip_blanks():
     assert [line.get_label() for line in lines] == ["predictor", "mean of that place"]
 
 
-def test_tsne_draws_every_image_and_names_no_more_classes_than_there_are_colors():
-    x, labels = {"a": torch.randn(60, 8), "b": torch.randn(60, 70)}, torch.arange(60) % 12
-    figure = viz.tsne_figure(x, labels, [str(k) for k in range(12)])
+def test_a_momentum_above_one_cannot_be_drawn_and_a_constant_one_is_not():
+    rows = [{"step": str(step), "momentum": str(1 - 0.004 / 2**step), "weight_decay": "0.04"}
+            for step in range(20)]
+    (axes,) = viz.curves_figure(rows).axes
+    assert axes.get_title().startswith("momentum") and axes.get_ylim()[1] == 1
+    assert len(viz.curves_figure([{**row, "momentum": "1", "lr": "1"} for row in rows]).axes) == 1
+
+
+def test_tsne_draws_every_image_and_says_how_often_the_nearest_has_its_class():
+    x, labels = {"a": torch.randn(60, 8), "b": torch.eye(3)[torch.arange(60) % 3]}, torch.arange(60)
+    figure = viz.tsne_figure(x, labels % 3, ["p", "q", "r"])
     assert [len(axes.collections[0].get_offsets()) for axes in figure.axes] == [60, 60]
-    assert not figure.legends
-    named = viz.tsne_figure({"a": x["a"]}, labels % 3, ["p", "q", "r"])
-    assert [text.get_text() for text in named.legends[0].get_texts()] == ["p", "q", "r"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["p", "q", "r"]
+    unit = torch.nn.functional.normalize(x["a"], dim=1)
+    nearest = (unit @ unit.T).fill_diagonal_(-1).argmax(1)
+    share = ((nearest - labels) % 3 == 0).float().mean()
+    titles = [axes.get_title().splitlines()[1] for axes in figure.axes]
+    assert titles == [f"nearest image has the same class: {p:.0%}" for p in (share, 1)]
+
+
+def test_ten_classes_have_a_color_and_a_marker_each_and_all_others_are_gray():
+    figure = viz.tsne_figure({"a": torch.randn(60, 8)}, torch.arange(60) % 12,
+                             [f"kind {k}" for k in range(12)])
+    dots = figure.axes[0].collections[0]
+    colors = [tuple(color) for color in dots.get_facecolors()]
+    shapes = [path.vertices.tobytes() for path in dots.get_paths()]
+    assert len(set(colors[:10])) == len(set(shapes[:10])) == 10
+    assert colors[10] == colors[11] and len(set(colors[10])) == 2  # gray, and opaque
+    assert colors[:12] == colors[12:24] and shapes[:12] == shapes[12:24]
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert names == [f"kind {k}" for k in range(10)] + ["2 other classes"]
 
 
 @pytest.mark.parametrize("x", [torch.ones(5, 8), torch.rand(2, 8)], ids=["collapsed", "two images"])

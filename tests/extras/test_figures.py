@@ -91,22 +91,22 @@ def test_a_sliding_block_visits_every_place_once_and_its_context_is_all_the_rest
     assert len(targets[:, 0].unique(dim=0)) == 8
 
 
-def test_only_the_framed_block_of_a_moving_block_figure_is_filled_and_the_error_is_at_its_center(
-        toy):
+def test_a_moving_block_is_filled_where_it_is_framed_and_below_from_the_true_features(toy):
     model, pictures, images, _ = toy
-    gallery = make_gallery(model, images[2:], pictures[2:])
-    figure = figures.moving_block_figure(model, images[:2], pictures[:2], gallery, sides=(2, 3),
-                                         places=4)
-    original, *places, error = figure.axes[:6]
+    figure = figures.moving_block_figure(model, images[:2], pictures[:2],
+                                         make_gallery(model, images, pictures), sides=(2, 3))
+    original, *places = (axes.images[0].get_array() for axes in figure.axes[:5])
     # A block 3 wide has 4 places in 6 columns; the middle one of its 5 rows is row 2.
-    for column, axes in enumerate(places):
-        changed = (axes.images[0].get_array() != original.images[0].get_array()).any(-1)  # [H, W]
-        rows, columns = np.nonzero(changed)
+    for column, shown in enumerate(places):
+        rows, columns = np.nonzero((shown != original).any(-1))
         assert (rows.min(), rows.max() + 1) == (8, 16)
         assert (columns.min(), columns.max() + 1) == (4 * column, 4 * column + 12)
-        assert axes.patches[0].get_bbox().bounds == (4 * column - 0.5, 7.5, 12, 8)
-    heat = error.images[-1]
-    assert heat.get_array().shape == (5, 4) and heat.get_extent() == [3.5, 19.5, 21.5, 1.5]
+        (framed,) = figure.axes[column + 1].patches
+        assert framed.get_bbox().bounds == (4 * column - 0.5, 7.5, 12, 8)
+    assert [figure.axes[5 * row].get_ylabel() for row in range(4)] == [
+        "predicted", "true features"] * 2
+    # This gallery has the true patches.
+    assert all(np.array_equal(axes.images[0].get_array(), original) for axes in figure.axes[5:10])
 
 
 def test_the_error_of_a_patch_is_the_mean_over_the_blocks_that_hide_it(toy):
@@ -125,6 +125,11 @@ def test_the_error_of_a_patch_is_the_mean_over_the_blocks_that_hide_it(toy):
         count[places] += 1
     drawn = figure.axes[2].images[0].get_array()  # two columns: below the first image
     assert np.allclose(drawn, (total / count.clamp(min=1)).view(6, 6), atol=1e-6)
+    errors = np.stack([axes.images[0].get_array().data for axes in figure.axes[2:4]])
+    hardest = {(i, *place) for i, *place in np.argwhere(errors >= np.quantile(errors, 0.9))}
+    framed = {(i, (box.get_y() + 0.5) / 4, (box.get_x() + 0.5) / 4)
+              for i, axes in enumerate(figure.axes[:2]) for box in axes.patches}
+    assert framed == hardest
 
 
 def test_what_is_reconstructed_is_drawn_between_what_is_seen_and_the_image():
@@ -165,11 +170,30 @@ def test_attention_is_drawn_for_the_patch_that_is_framed(toy):
     encoder = model.target_encoder
     figure = figures.attention_figure(encoder, images[:2], pictures[:2], queries=[8, 27])
     weights = 36 * figures.attention_weights(encoder, images[:2]).mean(1)  # [B, N, N]
-    image, mean, _, second = figure.axes[:4]
-    assert np.allclose(mean.images[0].get_array(), weights[0].mean(0).view(6, 6))
+    image, first, second = figure.axes[:3]
+    assert np.allclose(first.images[0].get_array(), weights[0, 8].view(6, 6))
     assert np.allclose(second.images[0].get_array(), weights[0, 27].view(6, 6))
     assert second.patches[0].get_xy() == (2.5, 3.5)  # patch 27: row 4, column 3
     assert image.patches[1].get_xy() == (11.5, 15.5)
+
+
+def test_tokens_that_know_only_their_place_have_the_same_colors_in_all_images():
+    place, pictures = torch.randn(36, 8), torch.rand(2, 3, 24, 24)
+    tokens = {"place": place.expand(9, 36, 8), "image": torch.randn(9, 1, 8).expand(9, 36, 8)}
+    figure = figures.token_figure(tokens, (6, 6), pictures)
+    first, second, *by_image = (axes.images[0].get_array() for axes in figure.axes[2:6])
+    assert np.allclose(first, second, atol=1e-6) and first.std((0, 1)).min() > 0.1
+    assert all(np.allclose(shown, shown[0, 0], atol=1e-6) for shown in by_image)
+    labels = [figure.axes[row].get_ylabel() for row in (2, 4)]
+    assert [label.split()[-1] for label in labels] == ["100%", "0%"]
+
+
+def test_neighbors_of_the_query_s_class_are_framed():
+    same = torch.tensor([[True, False, True], [False, False, True]])
+    figure = figures.nearest_images_figure(torch.rand(2, 3, 4, 4), torch.rand(2, 3, 3, 4, 4), "",
+                                           same)
+    wide = [axes.spines["left"].get_linewidth() > 2 for axes in figure.axes]
+    assert wide == [False, *same[0], False, *same[1]]
 
 
 # --- charts ---------------------------------------------------------------------------------------
@@ -183,7 +207,7 @@ def test_confusion_is_in_percent_of_the_true_class_and_the_worst_is_named():
     # Row by row; zeros are not written.
     assert [text.get_text() for text in axes.texts] == ["100", "33", "67", "100"]
     title = axes.figure.get_suptitle()
-    assert "largest confusions: kind 1 as kind 0 33%" in title
+    assert "Largest confusions: kind 1 as kind 0 33%" in title
     assert "as" not in title.split("kind 1 as kind 0 33%")[1]  # there is only one
 
 
@@ -191,7 +215,7 @@ def test_classes_without_test_images_do_not_break_the_confusion():
     results = evaluation()
     results["features"]["target"]["confusion"][1] = [0, 0, 0]
     title = charts.confusion_figure(results).get_suptitle()
-    assert "largest confusions: none" in title
+    assert "Largest confusions: none" in title
 
 
 def test_classes_are_sorted_by_the_target_encoder_and_of_many_only_the_ends_are_shown():
@@ -215,14 +239,33 @@ def test_the_low_shot_curve_plots_the_means_and_marks_one_and_ten_percent():
     assert band[:, 1].min() == pytest.approx(20) and band[:, 1].max() == pytest.approx(55)
 
 
-def test_bars_of_the_comparison_are_the_accuracies_and_unknown_features_keep_their_name():
+def test_bars_of_the_comparison_are_the_accuracies_and_a_line_is_the_untrained_encoder():
     results = evaluation()
     results["features"]["other"] = {"linear": 0.7, "knn": 0.6}
-    axes = charts.comparison_figure(results).axes[0]
-    heights = [bar.get_height() for bar in axes.containers[0]]
-    assert heights == pytest.approx([50, 50, 50, 50, 70])
-    names = [label.get_text() for label in axes.get_xticklabels()]
+    results["features"]["random"] = {"linear": 0.3, "knn": 0.2}
+    figure = charts.comparison_figure(results)
+    for axes, expected in zip(figure.axes, ([50, 50, 30, 50, 70], [40, 40, 20, 40, 60])):
+        assert [bar.get_width() for bar in axes.containers[0]] == pytest.approx(expected)
+        assert axes.lines[0].get_xdata()[0] == pytest.approx(expected[2])
+    names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert names[2:] == ["untrained encoder", "raw pixels", "other"]
+    assert figure.axes[0].yaxis_inverted()  # the first on top
+
+
+def test_ablations_are_differences_to_the_first_row_seed_by_seed():
+    rows = {"as it is": [0.5, 0.7], "no stop-gradient": [0.1, 0.2], "one seed": [0.8],
+            "another seed, too": [0.6, 0.6, 0.9]}
+    rows = {name: {"runs": [{"seed": seed, "linear": value, "knn": value - 0.1}
+                            for seed, value in enumerate(values)]} for name, values in rows.items()}
+    figure = charts.ablations_figure(rows)
+    for axes in figure.axes:
+        dots = [line.get_xdata() for line in axes.lines[1:]]
+        assert np.allclose(np.concatenate(dots), [-40, -50, 30, 10, -10])  # no third first row
+        assert [bar.get_width() for bars in axes.containers for bar in bars] == pytest.approx(
+            [-45, 30, 0])
+        assert [text.get_text() for text in axes.texts] == ["-45.0", "+30.0", "+0.0"]
+    names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert names == list(rows)[1:] and "as it is (60.0%)" in figure.axes[0].get_xlabel()
 
 
 def test_names_of_classes_are_shown_as_they_are(tmp_path):
@@ -234,6 +277,7 @@ def test_names_of_classes_are_shown_as_they_are(tmp_path):
         figure.savefig(tmp_path / "figure.png")
         shown = [label.get_text().replace(r"\$", "$") for label in figure.axes[0].get_xticklabels()]
         assert set(shown) == set(results["class_names"]) or draw is charts.comparison_figure
+        assert r"\$\y\$" in figure.get_suptitle() and r"\\" not in figure.get_suptitle()
 
 
 # --- the figures of a run -------------------------------------------------------------------------

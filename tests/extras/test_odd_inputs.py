@@ -44,13 +44,13 @@ def results_of(names):
 def test_every_figure_with_names_is_drawn_and_says_what_the_font_lacks_in_one_line(
         name, tmp_path, capsys):
     results, features = results_of([name, "b"]), {name: torch.randn(12, 8)}
-    score = {"linear": 0.5, "knn": 0.4}
+    row = {"runs": [{"seed": 0, "linear": 0.5, "knn": 0.4}]}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for figure in (core.tsne_figure(features, torch.arange(12) % 2, [name, "b"], name),
                        charts.comparison_figure(results), charts.confusion_figure(results),
                        charts.per_class_figure(results),
-                       charts.ablations_figure({name: {"runs": [score]}}, name)):
+                       charts.ablations_figure({name: row, f"{name}, too": row}, name)):
             core.save_figure(figure, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 1000
     printed = capsys.readouterr().out.splitlines()

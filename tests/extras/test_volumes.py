@@ -176,8 +176,8 @@ def test_a_run_on_volumes_is_trained_and_drawn_by_slice(tmp_path, monkeypatch, c
     assert f"for volumes run python -m extras.figures {out}" in capsys.readouterr().out
     run = viz.load(viz.parse([out, "--device", "cpu"], ""))
     drawn = dict(volumes.predictor_figures(run))
-    assert len(drawn["masks"].axes) == 2 * 4 * 6  # two volumes, four slices; image, context, M = 4
-    assert len(drawn["predictor_neighbours"].axes) == 2 * 4 * 5
+    assert len(drawn["masks"].axes) == 4 * 6  # one volume, four slices; image, context, M = 4
+    assert len(drawn["predictor_neighbours"].axes) == 4 * 5
     figures.main([out, "--device", "cpu"])
     names = {path.stem for path in (tmp_path / "figures").glob("*.png")}
     assert names == {"masks", "coverage", "predictor_neighbours", "prediction_error", "curves",
