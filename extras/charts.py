@@ -193,7 +193,8 @@ def ablations_figure(rows, title=""):
         first = {run["seed"]: 100 * run[measure] for run in whole["runs"]}
         if len(first) > 1:
             spread = np.std([*first.values()], ddof=1)
-            axes.axvspan(-spread, spread, color="0.9", label="deviation of that row's seeds")
+            axes.axvspan(-spread, spread, color="0.9",
+                         label="standard deviation of the first row's seeds")
         axes.axvline(0, color="black", linewidth=1)
         for number, (_, row) in enumerate(changed):
             gains = [100 * run[measure] - first[run["seed"]] for run in row["runs"]
@@ -208,5 +209,6 @@ def ablations_figure(rows, title=""):
     panels[0].set_yticks(range(len(names)), list(map(plain, names)))
     panels[0].set_ylim(len(names) - 0.4, -0.6)  # the first on top
     legend(figure)
-    headline(figure, f"{title}\n(A dot is a seed, compared with itself, a bar is their mean.)")
+    headline(figure, f"{title}\n(A dot is a seed, compared with the same seed of the first row; "
+             "a bar is their mean.)")
     return figure

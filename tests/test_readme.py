@@ -88,6 +88,11 @@ def test_every_link_leads_somewhere(path):
             assert anchor in [re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings]
 
 
+def test_every_picture_says_in_words_what_it_shows():
+    texts = re.findall(r"!\[(.*?)\]\(", ALL)
+    assert len(texts) == ALL.count("![") > 5 and all(len(text.split()) > 7 for text in texts)
+
+
 def test_every_file_program_preset_and_flag_exists():
     text = "\n".join(text for name, text in PAGES.items() if name != "results/speed.md")
     for name in re.findall(r"`((?:results|encoders|images|bench|extras|support)/[\w./*-]+)`", text):
