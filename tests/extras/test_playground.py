@@ -100,6 +100,17 @@ def test_an_answer_is_the_models_output_and_the_galleries_nearest(site):
     assert torch.allclose(found["usual_error"], 1 - F.cosine_similarity(usual, true, dim=1))
 
 
+@torch.no_grad()
+def test_a_gray_encoder_answers_about_the_gray_of_a_color_image():
+    model, _ = train.build(from_preset("shapes", encoder="16x1x2", predictor="8x1x2"), 1)
+    images, masks = torch.rand(20, 1, 24, 24), playground.OneBlock((6, 6), BLOCK)(1)
+    answer = playground.Answer(model, images, (0.0,), (1.0,))
+    color = images[:1] + torch.tensor([-0.1, 0.0, 0.1]).view(3, 1, 1)  # of the same mean
+    found, right = answer(color, **vars(masks)), model(images[:1], masks)
+    expected = 1 - F.cosine_similarity(right.predictions, right.targets, dim=-1)[0, 0]
+    torch.testing.assert_close(found["error"], expected)
+
+
 def pad(masks, n):
     """The same masks with n more entries of padding in each list."""
     return Masks(*(F.pad(part, (0, n)) for part in vars(masks).values()))
