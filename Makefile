@@ -1,5 +1,6 @@
 # make demo       pretrain on synthetic shapes, evaluate, draw figures, all in runs/demo (CPU, minutes)
 # make test       the whole test suite
+# make playground a trained I-JEPA in the browser; MODEL=runs/demo for a run of yours (needs npm)
 # make notebooks  run both notebooks from top to bottom and keep their outputs (minutes)
 # make lint       style checks
 # make results    the runs behind the tables of shapes and volumes, three seeds each (half an hour)
@@ -13,10 +14,13 @@
 
 PYTHON ?= python3
 RUN := .venv/bin/python
+# What the playground shows: a run folder, or the name of one that ships; and where it is served.
+MODEL ?= cifar10-small
+PORT ?= 8000
 # Threads wait asleep, not spinning: as fast on an idle machine, many times faster on a busy one.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test notebooks results probe-speed streaming torture collapse dial ablations lint clean
+.PHONY: demo test playground notebooks results probe-speed streaming torture collapse dial ablations lint clean
 
 .venv/ready: requirements.txt constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -39,6 +43,19 @@ demo: .venv/ready
 
 test: .venv/tested
 	OMP_NUM_THREADS=1 $(RUN) -m pytest tests -n auto --maxprocesses 4 --dist loadfile
+
+.venv/playground: .venv/ready requirements-playground.txt
+	$(RUN) -m pip install --quiet -r requirements-playground.txt -c constraints.txt
+	@touch $@
+
+playground/node_modules: playground/package-lock.json
+	npm ci --prefix playground --ignore-scripts --no-audit --no-fund
+	@touch $@
+
+playground: .venv/playground playground/node_modules
+	$(RUN) -m extras.playground $(MODEL)
+	@echo "Open http://localhost:$(PORT) (Ctrl-C ends it)"
+	@$(RUN) -m http.server $(PORT) --bind localhost --directory playground
 
 notebooks: .venv/ready
 	$(RUN) bench/run_notebooks.py
@@ -74,4 +91,4 @@ lint: .venv/ready
 	$(RUN) -m ruff check .
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs playground/node_modules playground/built

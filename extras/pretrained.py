@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
+import train
 from config import SIZES, Config, UsageError, from_preset, parse_size
 from models import IJEPA, Encoder, Predictor, sincos_positions
 from support import checkpoint, command_line
@@ -36,7 +37,7 @@ ADDRESS = "https://dl.fbaipublicfiles.com/ijepa"
 # ViT-Huge/14, ViT-Huge/16 at 448 pixels, ViT-Huge/14 and ViT-giant/16 (its README).
 OFFICIAL = ("IN1K-vit.h.14-300e", "IN1K-vit.h.16-448px-300e", "IN22K-vit.h.14-900e",
             "IN22K-vit.g.16-600e")
-# Encoders that ship with this code, written by `pack`; next to each is how it was evaluated.
+# Runs that ship with this code, written by `pack`; next to each is how it was evaluated.
 FOLDER = Path(__file__).parents[1] / "encoders"
 SHIPPED = {path.stem: path for path in sorted(FOLDER.glob("*.pt"))}
 # The weights do not tell the number of heads; in the official code the width does.
@@ -523,11 +524,17 @@ def run_encoder(stored, path):
     return Pretrained(encoder, *statistics(config.dataset), config)
 
 
-def pack(source, path):
-    """Write a run's encoder.pt with float16 weights: half the size, right to three digits."""
-    stored = read(source)
-    weights = {name: value.half() for name, value in stored["encoder"].items()}
-    checkpoint.write(path, lambda temporary: torch.save({**stored, "encoder": weights}, temporary))
+def pack(folder, path):
+    """Write a run's networks with float16 weights: half the size, right to three digits.
+
+    The target encoder as `encoder`, as in encoder.pt; context encoder and predictor by their names.
+    """
+    config, _, state = checkpoint.load(folder)
+    stored = {"config": asdict(config), "data": state["data"]}
+    for key, value in state["model"].items():
+        module, name = key.replace("target_encoder", "encoder", 1).split(".", 1)
+        stored.setdefault(module, {})[name] = value.half()
+    checkpoint.write(path, lambda temporary: torch.save(stored, temporary))
 
 
 def load(source, data_dir="data"):
@@ -594,7 +601,13 @@ def find_modules(source, data_dir):
         return (dict(model.named_children()),
                 Pretrained(model.target_encoder, *data.STATISTICS["folder"]))
     found = load(path)
-    return {"target_encoder": found.encoder}, found
+    modules = {"target_encoder": found.encoder}
+    if path.is_file() and "predictor" in (stored := read(path)):  # what `pack` wrote
+        model, _ = train.build(found.config, channels_of(found.encoder), len(found.encoder.grid))
+        for name in ("context_encoder", "predictor"):
+            modules[name] = getattr(model, name)
+            checkpoint.load_weights(modules[name], stored[name], path)
+    return modules, found
 
 
 def run_config(modules, found, out, dataset, data_dir):

@@ -365,6 +365,15 @@ def test_what_decoding_costs_is_the_committed_measurement():
     assert run["workers"] == 1 and abs(run["memory_slope_bytes_per_image"]) < 1500
 
 
+def test_the_playground_answers_in_time():
+    run, said = read("playground")["blocks"], section("playground.md", "How it is made")
+    three, six = run["3 x 3 patches"], run["6 x 6 patches"]
+    assert f"is drawn {three['median_ms']:.0f} ms" in said
+    assert f"slowest of {three['answers']}: {three['slowest_ms']:.0f} ms" in said
+    assert f"for 6 x 6 after {six['median_ms']:.0f} ms" in said
+    assert max(row["slowest_ms"] for row in run.values()) < 300
+
+
 def test_no_kill_and_no_fault_lost_anything():
     found, said = read("reliability"), " ".join(PAGES["reliability.md"].split())
     kills = found["kills"]

@@ -540,17 +540,33 @@ def test_what_a_run_folder_cannot_hold_is_said_in_one_line(official, tmp_path):
 
 
 @torch.no_grad()
-def test_a_packed_encoder_is_half_as_large_and_gives_the_same_features_to_three_digits(
-        run, tmp_path):
+def test_a_packed_run_is_half_as_large_and_gives_the_same_features_to_three_digits(run, tmp_path):
     folder, model = run
-    pretrained.pack(folder / "encoder.pt", tmp_path / "small.pt")
-    weights = torch.load(tmp_path / "small.pt")["encoder"].values()
+    pretrained.pack(folder, tmp_path / "small.pt")
+    stored = torch.load(tmp_path / "small.pt")
+    weights = [value for name in ("encoder", "context_encoder", "predictor")
+               for value in stored[name].values()]
     assert {value.dtype for value in weights} == {torch.float16}
     found = pretrained.load(tmp_path / "small.pt")
     assert found.encoder.norm.weight.dtype == torch.float32
     assert (found.mean, found.std) == data.STATISTICS["shapes"]
     expected = model.target_encoder(images("shapes"))  # features of size 1
     torch.testing.assert_close(found.encoder(images("shapes")), expected, rtol=0, atol=0.01)
+
+
+@torch.no_grad()
+def test_a_packed_run_becomes_a_run_that_predicts_the_same(run, tmp_path):
+    folder, model = run
+    for p in model.context_encoder.parameters():  # no longer the target encoder's weights
+        p.mul_(1.1)
+    state = {**checkpoint.load(folder)[2], "model": model.state_dict()}
+    torch.save(state, folder / "checkpoint.pt")
+    pretrained.pack(folder, tmp_path / "small.pt")
+    pretrained.main([str(tmp_path / "small.pt"), "--out", str(tmp_path / "again")])
+    again, masking, *_ = train.load_run(tmp_path / "again")
+    masks = masking(4, torch.Generator().manual_seed(0))
+    found, expected = (part(images("shapes"), masks).predictions for part in (again, model))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.01)  # predictions of size 1, float16
 
 
 @torch.no_grad()
