@@ -1,4 +1,4 @@
-# make demo       pretrain on synthetic shapes, evaluate, draw figures, all in runs/demo (CPU, minutes)
+# make demo       pretrain on synthetic shapes, evaluate, draw figures, write a page, all in runs/demo (CPU, minutes)
 # make test       the whole test suite
 # make playground a trained I-JEPA in the browser; MODEL=runs/demo for a run of yours (needs npm)
 # make notebooks  run both notebooks from top to bottom and keep their outputs (minutes)
@@ -39,7 +39,8 @@ demo: .venv/ready
 	$(RUN) evaluate.py runs/demo
 	$(RUN) -m extras.probes runs/demo --few-labels
 	$(RUN) -m extras.figures runs/demo
-	@echo; echo "All of it is in runs/demo: metrics.csv, encoder.pt, evaluation.json, and the figures named above."
+	$(RUN) -m extras.report runs/demo
+	@echo; echo "All of it is in runs/demo. Open runs/demo/report.html in a browser: one page with what was trained and measured, and the figures."
 
 test: .venv/tested
 	OMP_NUM_THREADS=1 $(RUN) -m pytest tests -n auto --maxprocesses 4 --dist loadfile
