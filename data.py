@@ -165,7 +165,7 @@ def random_resized_crop(images, size, scale, draws):
 
 
 def batches(dataset, batch_size, image_size, device="cpu", order=None, generator=None,
-            crop_scale=(1.0, 1.0), flip=False, workers=0, share=(0, 1)):
+            crop_scale=(1.0, 1.0), flip=False, workers=8, share=(0, 1)):
     """Iterate over normalised float32 images [B, C, H, W] on the device; the last may be fewer.
 
     order: image numbers, int64 (None: all, in order). image_size: pixels. Without a generator (on

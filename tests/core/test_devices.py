@@ -6,17 +6,27 @@ real GPU is in test_gpu.py.
 
 import contextlib
 import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import types
 
 import pytest
 import torch
+from PIL import Image
 from pretend import Remote, pretending
 
 import data
 import evaluate
 import predict_and_visualize
 import train
+from support import folder
 from test_parallel import that_matter
 from test_train import few_shapes, rows, tiny, weights  # noqa: F401 (the fixture works by being here)
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 # --- Apple's GPUs ---------------------------------------------------------------------------------
 
@@ -82,3 +92,67 @@ def test_auto_picks_apples_gpu_only_when_asked():
     with pretending():
         assert train.pick_device("mps").type == "mps"
         assert train.pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+# --- image folders too large for memory, in a container -------------------------------------------
+
+
+@pytest.fixture
+def large(tmp_path, monkeypatch):
+    """An image folder of 60 files that counts as too large for memory."""
+    monkeypatch.setattr("support.layout.MEMORY_LIMIT", 0)
+    for i in range(60):
+        Image.effect_noise((16, 16), 60).save(tmp_path / f"{i}.png")
+    return tmp_path
+
+
+def test_evaluation_decodes_a_large_folder_in_other_processes(large, monkeypatch):
+    """As training does; on one core a GPU would wait for every image."""
+    attempt, here = folder.attempt, os.getpid()
+
+    def elsewhere(*given):
+        assert os.getpid() != here
+        return attempt(*given)
+
+    monkeypatch.setattr(folder, "attempt", elsewhere)
+    dataset = data.load(str(large), image_size=16)
+    encoder = train.build(tiny("-", image_size=16))[0].target_encoder
+    assert evaluate.features(encoder, dataset, 16).shape == (60, 16)
+    assert evaluate.pixels(dataset, 16).shape == (60, 768)
+
+
+@pytest.mark.parametrize("free, runs, started", [
+    (10**9, 1, 3), (700, 1, 3), (699, 1, 2), (299, 1, 0), (0, 1, 0), (1400, 2, 3), (1399, 2, 2)])
+def test_no_more_processes_than_shared_memory_has_room_for(monkeypatch, capsys, free, runs,
+                                                           started):
+    """Batches of 100 bytes: two for each process, and the one that is being read."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(3), raising=False)
+    monkeypatch.setattr(os.path, "isdir", lambda path: path == "/dev/shm")
+    monkeypatch.setattr(folder.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=free))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(runs))  # of torchrun: they share it
+    folder.note.cache_clear()
+    assert [folder.processes(workers, 100) for workers in (8, 8)] == [started] * 2
+    assert folder.processes(0, 100) == 0
+    said = capsys.readouterr().err
+    assert said.count("too little for 3 processes") == (started < 3)  # once
+
+
+MOUNT = "mount -t tmpfs -o size=1m tmpfs /dev/shm"
+DECODE = """
+import sys, data
+from support import layout
+layout.MEMORY_LIMIT = 0
+images = data.batches(data.load(sys.argv[1], image_size=256), 20, 256, workers=2)
+print("decoded", sum(map(len, images)))
+"""
+
+
+def test_a_small_dev_shm_slows_decoding_and_keeps_nothing(large):
+    """The real fault: a container's /dev/shm of 1 MB, where a batch takes 4."""
+    own = ["unshare", "-rm", "sh", "-c"]
+    if not shutil.which("unshare") or subprocess.run([*own, MOUNT], capture_output=True).returncode:
+        pytest.skip("this system lets nobody mount a /dev/shm of their own")
+    done = subprocess.run([*own, f'{MOUNT} && "$0" -c "$1" "$2"; ls /dev/shm', sys.executable,
+                           DECODE, str(large)], cwd=ROOT, capture_output=True, text=True)
+    assert "too little for" in done.stderr
+    assert done.stdout.splitlines()[-1] == "decoded 60"  # and no file after it
