@@ -22,9 +22,11 @@ import data
 import evaluate
 import predict_and_visualize
 import train
+from extras import pretrained
 from support import folder
 from test_parallel import that_matter
-from test_train import few_shapes, rows, tiny, weights  # noqa: F401 (the fixture works by being here)
+from test_train import (  # noqa: F401 (the fixture works by being here)
+    few_shapes, interrupt_at, rows, same_weights, tiny, weights)
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -92,6 +94,54 @@ def test_auto_picks_apples_gpu_only_when_asked():
     with pretending():
         assert train.pick_device("mps").type == "mps"
         assert train.pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+# --- NVIDIA's GPUs, new and old: test_gpu.py runs on one ------------------------------------------
+
+
+def test_what_was_saved_on_a_gpu_is_read_without_one(tmp_path, monkeypatch):
+    """Evaluation, figures, resume; and torch.load, left to itself, does ask for the GPU."""
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+        train.train(tiny(tmp_path, max_steps=2))
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="CUDA"):
+            torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    for loaded in (evaluate.load_encoders(tmp_path)[0]["target"], train.load_run(tmp_path)[0],
+                   pretrained.load(tmp_path / "encoder.pt").encoder):
+        assert {p.device.type for p in loaded.parameters()} == {"cpu"}
+    train.main(["--out", str(tmp_path), "--resume", "--override", "--max-steps", "4"])
+    assert rows(tmp_path)[-1]["step"] == "4"
+
+
+def test_a_run_in_float16_resumes_bit_identical_to_an_uninterrupted_one(tmp_path, monkeypatch):
+    """Older GPUs train so. The scale of the loss is part of the checkpoint."""
+    config = dict(precision="fp16", max_steps=6, held_out=0)
+    train.train(tiny(tmp_path / "whole", **config))
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 2)
+        with pytest.raises(SystemExit, match="130"):
+            train.train(tiny(tmp_path / "halves", **config))
+    train.main(["--out", str(tmp_path / "halves"), "--resume"])
+    assert same_weights(tmp_path / "whole", tmp_path / "halves")
+    scales = [torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["scaler"]
+              for name in ("whole", "halves")]
+    assert scales[0] == scales[1] and scales[0]["_growth_tracker"] == 6
+
+
+def test_a_step_whose_gradients_overflow_in_float16_is_skipped_and_the_scale_lowered():
+    config = tiny("-", precision="fp16")
+    model, masking = train.build(config)
+    optimizer, scaler = train.build_optimizer(config, model), torch.amp.GradScaler("cpu", 2.0**40)
+    before = model.predictor.mask_token.clone()
+    generator = torch.Generator().manual_seed(0)
+    batch = torch.randn(16, 3, 24, 24, generator=generator), masking(16, generator)
+    train.train_step(config, model, optimizer, scaler, [batch], 0, 100)
+    assert torch.equal(model.predictor.mask_token, before) and scaler.get_scale() == 2.0**39
+    for step in range(1, 40):
+        values = train.train_step(config, model, optimizer, scaler, [batch], step, 100)
+    assert not torch.equal(model.predictor.mask_token, before)
+    assert values["grad_norm"].isfinite() and 1 < scaler.get_scale() < 2.0**39
 
 
 # --- image folders too large for memory, in a container -------------------------------------------
