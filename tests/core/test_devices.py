@@ -5,10 +5,13 @@ real GPU is in test_gpu.py.
 """
 
 import contextlib
+import io
 import json
 import os
 import pathlib
+import pickle
 import shutil
+import signal
 import subprocess
 import sys
 import types
@@ -22,8 +25,8 @@ import data
 import evaluate
 import predict_and_visualize
 import train
-from extras import pretrained
-from support import folder
+from extras import benchmark, pretrained
+from support import command_line, folder
 from test_parallel import that_matter
 from test_train import (  # noqa: F401 (the fixture works by being here)
     few_shapes, interrupt_at, rows, same_weights, tiny, weights)
@@ -206,3 +209,49 @@ def test_a_small_dev_shm_slows_decoding_and_keeps_nothing(large):
                            DECODE, str(large)], cwd=ROOT, capture_output=True, text=True)
     assert "too little for" in done.stderr
     assert done.stdout.splitlines()[-1] == "decoded 60"  # and no file after it
+
+
+# --- Windows, and other terminals -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoding", ["cp932", "cp1252", "ascii"])
+def test_output_that_the_terminal_cannot_encode_never_ends_a_run(tmp_path, monkeypatch, encoding):
+    """Folders and classes of many scripts, one of them with a byte that is no character."""
+    images, run = tmp_path / "größe 写真 \udce9", str(tmp_path / "été")
+    for split in ("train", "test"):
+        for name in ("猫 🐈", "καφές", "قهوة"):
+            (images / split / name).mkdir(parents=True)
+            for i in range(6):
+                Image.effect_noise((8, 8), 60).save(images / split / name / f"{i}.png")
+        (images / split / name / "broken.png").write_bytes(b"")
+    written = {}
+    for stream in ("stdout", "stderr"):
+        written[stream] = io.TextIOWrapper(io.BytesIO(), encoding)
+        monkeypatch.setattr(sys, stream, written[stream])
+    small = ["--image-size", "24", "--encoder", "16x1x2", "--predictor", "8x1x2", "--batch-size",
+             "8", "--max-steps", "2", "--held-out", "0", "--device", "cpu"]
+    command_line.run(lambda: train.main(["--dataset", str(images), *small, "--out", run]))
+    command_line.run(lambda: evaluate.main([run, run]))
+    words = ["broken.png", "mean ? standard" if encoding == "ascii" else "standard deviation"]
+    if encoding == "ascii":
+        command_line.run(lambda: predict_and_visualize.main([run]))
+        words += ["tsne.png", "the font lacks"]  # of the names of classes
+    written["stdout"].flush()
+    said = written["stdout"].buffer.getvalue().decode(encoding)
+    assert all(word in said for word in words), said
+
+
+def test_a_run_needs_nothing_that_windows_lacks(tmp_path, monkeypatch):
+    """No SIGHUP, no opening of folders, no affinity, no `resource`, no fork, no fcntl."""
+    for module, name in ((signal, "SIGHUP"), (signal, "SIGUSR1"), (os, "O_DIRECTORY"),
+                         (os, "sched_getaffinity"), (os, "fork"), (os, "sysconf"), (os, "getuid")):
+        monkeypatch.delattr(module, name, raising=False)
+    for module in ("resource", "fcntl", "pwd", "grp", "termios"):
+        monkeypatch.setitem(sys.modules, module, None)
+    train.train(tiny(tmp_path, max_steps=2))
+    train.main(["--out", str(tmp_path), "--resume", "--override", "--max-steps", "3"])
+    evaluate.main([str(tmp_path)])
+    assert benchmark.peak_memory(torch.device("cpu"))["bytes"] is None
+    images = folder.LazyFolder(["a.png"], None, 8)
+    for sent in (images.read, folder.ignore_ctrl_c):  # to processes that are spawned, not forked
+        pickle.loads(pickle.dumps(sent))
