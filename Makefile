@@ -1,5 +1,6 @@
 # make demo       pretrain on synthetic shapes, evaluate, draw figures, all in runs/demo (CPU, minutes)
 # make test       the whole test suite
+# make test-gpu   what only a CUDA GPU can show (a minute or two on one)
 # make notebooks  run both notebooks from top to bottom and keep their outputs (minutes)
 # make lint       style checks
 # make results    the runs behind the tables of shapes and volumes, three seeds each (half an hour)
@@ -16,7 +17,7 @@ RUN := .venv/bin/python
 # Threads wait asleep, not spinning: as fast on an idle machine, many times faster on a busy one.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test notebooks results probe-speed streaming torture collapse dial ablations lint clean
+.PHONY: demo test test-gpu notebooks results probe-speed streaming torture collapse dial ablations lint clean
 
 .venv/ready: requirements.txt constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -39,6 +40,9 @@ demo: .venv/ready
 
 test: .venv/tested
 	OMP_NUM_THREADS=1 $(RUN) -m pytest tests -n auto --maxprocesses 4 --dist loadfile
+
+test-gpu: .venv/tested
+	$(RUN) -m pytest tests/test_gpu.py -v -rs
 
 notebooks: .venv/ready
 	$(RUN) bench/run_notebooks.py
