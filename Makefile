@@ -2,6 +2,7 @@
 # make test       the whole test suite
 # make test-gpu   what only a CUDA GPU can show (a minute or two on one)
 # make notebooks  run both notebooks from top to bottom and keep their outputs (minutes)
+# make colab      write the repository's address, below, into README and notebooks, with badges
 # make lint       style checks
 # make results    the runs behind the tables of shapes and volumes, three seeds each (half an hour)
 # make dial       when do representations beat pixels? three methods, three seeds (hours on a CPU; resumes)
@@ -12,12 +13,14 @@
 # make probe-speed  time of the linear probe on 50,000 features
 # Each makes its own environment in .venv; a machine needs only make and Python 3.10 or newer.
 
+# The public address of this repository, such as https://github.com/OWNER/NAME; not known yet.
+REPOSITORY :=
 PYTHON ?= python3
 RUN := .venv/bin/python
 # Threads wait asleep, not spinning: as fast on an idle machine, many times faster on a busy one.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test test-gpu notebooks results probe-speed streaming torture collapse dial ablations lint clean
+.PHONY: demo test test-gpu notebooks colab results probe-speed streaming torture collapse dial ablations lint clean
 
 .venv/ready: requirements.txt constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -46,6 +49,9 @@ test-gpu: .venv/tested
 
 notebooks: .venv/ready
 	$(RUN) bench/run_notebooks.py
+
+colab: .venv/ready
+	$(RUN) bench/colab.py "$(REPOSITORY)"
 
 results: .venv/ready
 	for run in shapes-0 shapes-1 shapes-2 shapes3d-0 shapes3d-1 shapes3d-2; do \
