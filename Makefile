@@ -1,7 +1,9 @@
 # make demo       pretrain on synthetic shapes, evaluate, draw figures, write a page, all in runs/demo (CPU, minutes)
 # make test       the whole test suite
-# make playground a trained I-JEPA in the browser; MODEL=runs/demo for a run of yours (needs npm)
+# make playground the demo's I-JEPA in the browser; MODEL=runs/mine for another run (needs npm)
+# make test-gpu   what only a CUDA GPU can show (a minute or two on one)
 # make notebooks  run both notebooks from top to bottom and keep their outputs (minutes)
+# make colab      write the repository's address, below, into README and notebooks, with badges
 # make lint       style checks
 # make results    the runs behind the tables of shapes and volumes, three seeds each (half an hour)
 # make dial       when do representations beat pixels? three methods, three seeds (hours on a CPU; resumes)
@@ -12,15 +14,18 @@
 # make probe-speed  time of the linear probe on 50,000 features
 # Each makes its own environment in .venv; a machine needs only make and Python 3.10 or newer.
 
+# The public address of this repository, such as https://github.com/OWNER/NAME; not known yet.
+REPOSITORY :=
 PYTHON ?= python3
 RUN := .venv/bin/python
 # What the playground shows: a run folder, or the name of one that ships; and where it is served.
-MODEL ?= cifar10-small
+MODEL ?= runs/demo
 PORT ?= 8000
 # Threads wait asleep, not spinning: as fast on an idle machine, many times faster on a busy one.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test playground notebooks results probe-speed streaming torture collapse dial ablations lint clean
+.PHONY: demo test test-gpu playground notebooks colab results probe-speed streaming torture collapse dial \
+	ablations lint clean
 
 .venv/ready: requirements.txt constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -58,8 +63,14 @@ playground: .venv/playground playground/node_modules
 	@echo "Open http://localhost:$(PORT) (Ctrl-C ends it)"
 	@$(RUN) -m http.server $(PORT) --bind localhost --directory playground
 
+test-gpu: .venv/tested
+	$(RUN) -m pytest tests/test_gpu.py -v -rs
+
 notebooks: .venv/ready
 	$(RUN) bench/run_notebooks.py
+
+colab: .venv/ready
+	$(RUN) bench/colab.py "$(REPOSITORY)"
 
 results: .venv/ready
 	for run in shapes-0 shapes-1 shapes-2 shapes3d-0 shapes3d-1 shapes3d-2; do \

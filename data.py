@@ -165,7 +165,7 @@ def random_resized_crop(images, size, scale, draws):
 
 
 def batches(dataset, batch_size, image_size, device="cpu", order=None, generator=None,
-            crop_scale=(1.0, 1.0), flip=False, workers=0, share=(0, 1)):
+            crop_scale=(1.0, 1.0), flip=False, workers=8, share=(0, 1)):
     """Iterate over normalised float32 images [B, C, H, W] on the device; the last may be fewer.
 
     order: image numbers, int64 (None: all, in order). image_size: pixels. Without a generator (on
@@ -183,13 +183,15 @@ def batches(dataset, batch_size, image_size, device="cpu", order=None, generator
     if isinstance(dataset.images, LazyFolder):
         stored = lazy_batches(dataset.images, own, workers)
     cropped = tuple(crop_scale) != (1.0, 1.0)
+    # Apple's GPUs lack some of these kernels (torch 2.6), and copies to them must be waited for.
+    place = "cpu" if torch.device(device).type == "mps" else device
     for images, part, row in zip(stored, parts, rows):
-        images = normalise(images.to(device, non_blocking=True), dataset.mean, dataset.std)
+        images = normalise(images.to(place, non_blocking=True), dataset.mean, dataset.std)
         if generator is None or not (cropped or flip):
-            yield resize(images, image_size)
+            yield resize(images, image_size).to(device)
             continue
         draws = torch.rand(len(part), 2 * TRIES + images.ndim - 1, generator=generator)[row]
-        draws = draws.to(device, non_blocking=True)  # [B, 2 * TRIES + axes + 1]
+        draws = draws.to(place, non_blocking=True)  # [B, 2 * TRIES + axes + 1]
         if cropped:
             images = random_resized_crop(images, image_size, crop_scale, draws[:, :-1])
         else:
@@ -197,4 +199,4 @@ def batches(dataset, batch_size, image_size, device="cpu", order=None, generator
         if flip:
             mirrored = (draws[:, -1] < 0.5).view(-1, *(1,) * (images.ndim - 1))
             images = torch.where(mirrored, images.flip(-1), images)
-        yield images  # [B, C, *image_size]
+        yield images.to(device)  # [B, C, *image_size]

@@ -38,7 +38,8 @@ class Masks:
 
     def to(self, device):
         """The same masks on another device."""
-        return Masks(*(part.to(device, non_blocking=True) for part in vars(self).values()))
+        wait = torch.device(device).type == "mps"  # it may read a copy's source once that is freed
+        return Masks(*(part.to(device, non_blocking=not wait) for part in vars(self).values()))
 
     def __len__(self):
         """The number of images, B."""

@@ -8,6 +8,7 @@
 #   bench/gpu.sh recipe-long FOLDER [MINUTES]        300 epochs; both resume what was stopped
 #   bench/gpu.sh vit-base FOLDER                     seconds an epoch of stl10-vit-base
 #   bench/gpu.sh peers FOLDER OFFICIAL HOMEMADE      the official step next to ours; their folders
+#   bench/gpu.sh --dry FOLDER                        all but peers, tiny and on the CPU (minutes)
 #
 # What it finds is written to FOLDER as it comes. recipe reads CIFAR-10 from data/.
 set -u
@@ -19,18 +20,27 @@ part=$1 out=$(mkdir -p "$2" && cd "$2" && pwd)
 shift 2
 cd "$(dirname "$0")/.."
 python=$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)
+parts=("$part") device=cuda seconds=5 steps=200 more_steps=300 failed=0 tiny=() few=()
+if [ "$part" = --dry ]; then
+    parts=(check tests speed recipe recipe-long vit-base) device=cpu seconds=.05 steps=4 more_steps=6
+    tiny=(--device cpu --encoder 16x1x2 --predictor 8x1x2 --batch-size 8 --accumulation 1)
+    few=(--device cpu --test-images 100)
+    export TEST_GPU_DEVICE=cpu TORCH_COMPILE_DISABLE=1
+fi
 
 attempt() { # a name for failed.txt, then a command: one that fails must not end the others
     local name=$1
     shift
-    "$@" || echo "$name failed" | tee -a "$out/failed.txt"
+    "$@" && return
+    echo "$name failed" | tee -a "$out/failed.txt"
+    failed=1
 }
 
 bench() { # a name, then flags of train.py
     local name=$1
     shift
-    attempt "$name" "$python" -m extras.benchmark --synthetic --seconds 5 \
-        --json "$out/speed_$name.json" "$@"
+    attempt "$name" "$python" -m extras.benchmark --synthetic --seconds $seconds \
+        --json "$out/speed_$name.json" "$@" "${tiny[@]}"
 }
 
 recipe() { # a name, epochs of masks (four masks an image), minutes
@@ -39,27 +49,29 @@ recipe() { # a name, epochs of masks (four masks an image), minutes
         --context-size 16 --lr 1.5e-3 --lr-start 1.5e-4 --lr-final 1e-5 --weight-decay .05
         --weight-decay-final .05 --clip-grad 3 --max-steps "$steps" --epochs 100000
         --held-out 5000)
+    [ $device = cpu ] && more+=(--dataset shapes "${tiny[@]}" --max-steps 4 --held-out 100)
     [ -f "$run/checkpoint.pt" ] && more=(--resume)
     # A run that is told to stop saves itself.
     attempt "$name" timeout -s TERM "${minutes}m" "$python" -m extras.recipe --masks-per-image 4 \
         "${more[@]}" --out "$run"
-    [ -f "$run/checkpoint.pt" ] && attempt "$name-evaluate" "$python" evaluate.py "$run"
+    [ -f "$run/checkpoint.pt" ] && attempt "$name-evaluate" "$python" evaluate.py "$run" "${few[@]}"
 }
 
-case $part in
+for part in "${parts[@]}"; do case $part in
 check)
     for precision in auto fp32; do
         run=$out/check-$precision
-        attempt "train $precision" "$python" train.py --device cuda --precision $precision \
-            --max-steps 200 --out "$run"
-        attempt "resume $precision" "$python" train.py --resume --override --max-steps 300 \
-            --out "$run"
-        attempt "evaluate $precision" "$python" evaluate.py "$run" --train-images 2000
-        attempt "draw $precision" "$python" predict_and_visualize.py "$run"
+        attempt "train $precision" "$python" train.py --device $device --precision $precision \
+            --max-steps $steps --out "$run" "${tiny[@]}"
+        attempt "resume $precision" "$python" train.py --resume --override \
+            --max-steps $more_steps --out "$run"
+        attempt "evaluate $precision" "$python" evaluate.py "$run" --train-images 2000 "${few[@]}"
+        attempt "draw $precision" "$python" predict_and_visualize.py "$run" --device $device \
+            --images 500
     done
     ;;
 tests)
-    attempt tests "$python" -m pytest tests/test_gpu.py -q
+    attempt tests "$python" -m pytest tests/test_gpu.py -q -rs
     ;;
 speed)
     for preset in cifar10 stl10 stl10-vit-base shapes shapes3d medmnist3d; do
@@ -87,4 +99,5 @@ peers)
     echo "error: $part is unknown; see the first lines of $0" >&2
     exit 2
     ;;
-esac
+esac; done
+exit $failed

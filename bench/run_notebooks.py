@@ -2,6 +2,9 @@
 
     python bench/run_notebooks.py                         both (`make notebooks`)
     python bench/run_notebooks.py Linear_Probe.ipynb      one
+    python bench/run_notebooks.py --alone                 both as on Colab: each alone in an empty
+                                                          folder, where its first cell clones the
+                                                          last commit; keeps nothing
 
 Outputs that would differ in every run or that a web page cannot show are left out: execution times,
 intermediate states of progress bars, and live sliders, next to each of which stands a figure.
@@ -10,9 +13,11 @@ intermediate states of progress bars, and live sliders, next to each of which st
 import pathlib
 import re
 import sys
+import tempfile
 import time
 
 import nbformat
+from colab import set_address
 from nbclient import NotebookClient
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -49,16 +54,21 @@ def stripped(notebook):
     return notebook
 
 
-def main(paths):
-    """Execute each notebook in the repository's root and write it back."""
+def main(paths, alone=False):
+    """Execute each notebook in the repository's root and write it back, or in an empty folder."""
     for path in paths:
         start, notebook = time.perf_counter(), nbformat.read(path, as_version=4)
-        NotebookClient(notebook, timeout=3600, kernel_name="python3",
-                       resources={"metadata": {"path": str(ROOT)}}).execute()
-        nbformat.write(stripped(notebook), path)
+        with tempfile.TemporaryDirectory() as empty:
+            if alone:
+                set_address(notebook, ROOT.as_uri())
+            place = {"metadata": {"path": empty if alone else str(ROOT)}}
+            NotebookClient(notebook, timeout=3600, kernel_name="python3", resources=place).execute()
+        if not alone:
+            nbformat.write(stripped(notebook), path)
         minutes, size = (time.perf_counter() - start) / 60, path.stat().st_size / 1e6
         print(f"{path.name}: {minutes:.1f} min, {size:.1f} MB")
 
 
 if __name__ == "__main__":
-    main([pathlib.Path(name) for name in sys.argv[1:]] or sorted(ROOT.glob("*.ipynb")))
+    named = [pathlib.Path(name) for name in sys.argv[1:] if name != "--alone"]
+    main(named or sorted(ROOT.glob("*.ipynb")), "--alone" in sys.argv)

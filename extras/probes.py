@@ -213,7 +213,7 @@ def read_features(results, run, few_only=False):
     for name, encoder in {**run.encoders, "pixels": None}.items():
         x, test_x = (
             evaluate.pixels(dataset, run.image_size)[:, None] if encoder is None else
-            layer_features(encoder, dataset, run.image_size, run.device)
+            layer_features(encoder, dataset, run.image_size, run.device, 1 if few_only else 4)
             for dataset in (run.train_set, run.test_set))
         row = {}
         if few_only:

@@ -114,7 +114,7 @@ def command(config, program="train.py"):
 def run(main):
     """Call main(); what the user can put right becomes one line on stderr and exit status 2.
 
-    A UsageError, an OSError, which names its file, too little memory, no compiler.
+    A UsageError, an OSError, which names its file, too little memory, no compiler, an old GPU.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -125,7 +125,10 @@ def run(main):
         sys.exit("interrupted")
     except (UsageError, OSError, MemoryError, RuntimeError) as error:
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            error = f"torch.compile failed ({str(error).splitlines()[0]}); leave out --compile"
+            why = checkpoint.one_line(error)[:300]
+            error = f"torch.compile failed ({why}); leave out --compile"
+        elif "no kernel image" in f"{error}":  # as for Kaggle's P100
+            error = "this torch was not built for this GPU; try --device cpu, or another build"
         elif isinstance(error, (MemoryError, RuntimeError)):
             if not re.search("out of memory|can't allocate memory", f"{error}") and not isinstance(
                     error, MemoryError):

@@ -4,8 +4,11 @@ A file that cannot be decoded is named on the terminal and left out, or replaced
 """
 
 import contextlib
+import functools
 import hashlib
+import math
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -246,13 +249,37 @@ def ignore_ctrl_c(worker):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+@functools.cache
+def note(text):
+    """Print a line once, though every epoch has reason to."""
+    tqdm.write(text, file=sys.stderr)
+
+
+def processes(workers, batch):
+    """How many of the `workers` to start for batches of so many bytes: no more than there are
+    cores, nor than shared memory has room for; in a container that may be little.
+
+    Each process holds two batches there, and one more is being read. Where there is no room torch
+    would end the run, and leave its files in /dev/shm.
+    """
+    usable = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
+    workers = min(workers, len(usable(0)))
+    if workers and os.path.isdir("/dev/shm"):
+        free = shutil.disk_usage("/dev/shm").free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if (fit := max(0, free // batch - 1) // 2) < workers:
+            note(f"/dev/shm has {free / 1e6:.0f} MB to spare, too little for {workers} processes "
+                 f"that decode: there will be {fit} (Docker has --shm-size 1g for more)")
+            return fit
+    return workers
+
+
 def lazy_batches(images, parts, workers):
     """The images of a LazyFolder numbered by each of `parts`, uint8 [B, C, H, W], decoded by
-    `workers` processes, but no more than there are cores."""
-    usable = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
+    `workers` processes where that many can be started."""
+    largest = max(map(len, parts), default=0) * math.prod(images.shape[1:])  # bytes
     # A generator of its own: the loader would otherwise draw from torch's global one.
     loader = DataLoader(
-        [part.tolist() for part in parts], None, num_workers=min(workers, len(usable(0))),
+        [part.tolist() for part in parts], None, num_workers=processes(workers, max(largest, 1)),
         collate_fn=images.read, pin_memory=torch.cuda.is_available(), generator=torch.Generator(),
         worker_init_fn=ignore_ctrl_c)
     for batch, broken in loader:

@@ -7,12 +7,14 @@ files a notebook needs, so that no run folder is touched.
 
 import ast
 import copy
-import importlib
+import importlib.machinery
 import math
 import os
 import pathlib
 import re
 import shutil
+import subprocess
+import sys
 
 import nbformat
 import pytest
@@ -21,6 +23,7 @@ from nbclient import NotebookClient
 
 import config as settings
 import diagnostics
+from bench import colab
 
 ROOT = pathlib.Path(__file__).parents[1]
 LEARNING, PROBE = ROOT / "Self_Supervised_Learning.ipynb", ROOT / "Linear_Probe.ipynb"
@@ -147,6 +150,80 @@ def test_every_exercise_has_a_stub_a_check_and_a_folded_solution(path):
         assert re.fullmatch(r"\w+\.check_\w+\(\w+(, \w+)*\)", call)
         assert solution, source
         assert "not attempted" in printed(notebook.cells[check])
+
+
+# --- alone, as on Colab and Kaggle ----------------------------------------------------------------
+
+
+def first_code(path, address=""):
+    """The source of the first code cell, with an address as `make colab` writes it."""
+    notebook = read(path)
+    colab.set_address(notebook, address)
+    return next(cell.source for cell in notebook.cells if cell.cell_type == "code")
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The commands that a cell starts, without doing so."""
+    commands = []
+    monkeypatch.setattr(subprocess, "run", lambda words, check: commands.append(words))
+    return commands
+
+
+@each_notebook
+def test_beside_the_modules_the_first_cell_does_nothing(path, monkeypatch, capsys, started):
+    monkeypatch.chdir(ROOT)
+    exec(first_code(path, "https://example.org/ijepa"), {})
+    assert capsys.readouterr().out == "8 modules found\n" and not started
+
+
+@each_notebook
+def test_alone_and_without_an_address_one_line_says_what_to_do(path, tmp_path, monkeypatch,
+                                                               started):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as error:
+        exec(first_code(path), {})
+    assert "set REPOSITORY" in error.value.code and "\n" not in error.value.code and not started
+
+
+@each_notebook
+def test_alone_the_repository_is_cloned_once_and_its_modules_come_first(path, tmp_path,
+                                                                        monkeypatch, capsys):
+    """In an empty folder, from a local address."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("this is a download without a history: there is nothing to clone")
+    commands, run = [], subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda words, check: (
+        commands.append(words), run(words, check=True) if words[0] == "git" else None))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for _ in range(2):  # and again, when the kernel was restarted
+        monkeypatch.chdir(tmp_path)
+        exec(first_code(path, ROOT.as_uri()), {})
+        place = importlib.machinery.PathFinder.find_spec("masking", sys.path).origin
+        assert place == str(tmp_path / "ijepa/masking.py")
+        assert os.getcwd() == str(tmp_path / "ijepa")
+    assert capsys.readouterr().out == "8 modules found\n" * 2
+    assert [words[0] for words in commands] == ["git", sys.executable, sys.executable]
+    asked = commands[1][commands[1].index("--quiet") + 1 :]
+    required = (ROOT / "requirements.txt").read_text("utf-8")
+    assert all(f"{name}>=" in required or name == "ipywidgets" for name in asked)  # no versions
+
+
+def test_the_address_is_written_by_one_command_and_taken_out_again(tmp_path):
+    for name in ("README.md", LEARNING.name, PROBE.name):
+        shutil.copy(ROOT / name, tmp_path)
+    colab.main("", tmp_path)
+    without = {path: path.read_text("utf-8") for path in tmp_path.iterdir()}
+    for address in ("https://github.com/someone/ijepa", "https://gitlab.com/other/ijepa"):
+        colab.main(address, tmp_path)
+        for path in (LEARNING, PROBE):
+            notebook = read(tmp_path / path.name)
+            assert f'REPOSITORY = "{address}"' in notebook.cells[1].source
+            page = f"https://colab.research.google.com/github/someone/ijepa/blob/main/{path.name}"
+            for text in (notebook.cells[0].source, (tmp_path / "README.md").read_text("utf-8")):
+                assert (page in text) == ("github" in address) == ("kaggle.com" in text)
+    colab.main("", tmp_path)
+    assert without == {path: path.read_text("utf-8") for path in tmp_path.iterdir()}
 
 
 # --- they run -------------------------------------------------------------------------------------

@@ -45,6 +45,7 @@ def test_deviation_is_one_for_independent_layer_normed_tokens():
 def test_rankme_counts_directions_of_equal_strength():
     orthogonal = torch.linalg.qr(normal(100, 16))[0]  # [100, 16], 16 equal singular values
     assert diagnostics.rankme(orthogonal) == pytest.approx(16, rel=1e-3)
+    assert diagnostics.rankme(torch.ones(500, 768)) == pytest.approx(1, abs=0.01)  # float32's rank
     hardly_off_their_mean = orthogonal[:, :5] @ normal(5, 64).div(100) + 1
     assert diagnostics.rankme(hardly_off_their_mean) == pytest.approx(1, abs=0.1)
 
@@ -123,6 +124,7 @@ def test_a_predictor_that_has_learned_nothing_is_noticed_once():
     dataset, device = data.load("shapes"), torch.device("cpu")
     watch = diagnostics.Monitor(dataset, torch.arange(100, 640), torch.arange(100), 24)
     assert watch(model, masking, 0.0, device)[1] == []
+    assert watch.held.images.dtype == watch.bank.images.dtype == torch.uint8  # a quarter of float
     late = watch(model, masking, 0.5, device)[1]
     assert len(late) == 1 and "no better than the mean target" in late[0]
     assert watch(model, masking, 0.9, device)[1] == []

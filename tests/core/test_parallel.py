@@ -10,9 +10,13 @@ import time
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 import data
 import train
+from config import from_preset
+from support import distributed
 
 ROOT = pathlib.Path(__file__).parents[2]
 # Crops, mirrors and padded blocks: everything that is drawn at random differs between images.
@@ -143,6 +147,27 @@ def test_sigterm_to_torchrun_saves_one_checkpoint_to_resume_from(images, tmp_pat
     out, _ = process.communicate(timeout=60)
     step = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["progress"]["step"]
     assert f"stopped at step {step} of" in out and "--resume" in out and step > 0
+
+
+def test_a_step_of_several_passes_exchanges_gradients_once_and_constants_never(monkeypatch):
+    """One process is enough to count. (Positions are the constants, of the size of the grid.)"""
+    config = from_preset("shapes", accumulation=3, batch_size=8)
+    model, masking = train.build(config)
+    generator, sent = torch.Generator().manual_seed(0), []
+    batches = [(torch.randn(8, 3, 24, 24), masking(8, generator)) for _ in range(3)]
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(distributed, "place", lambda: (0, 2))
+            learner = distributed.wrap(model)
+        learner.register_comm_hook(None, lambda _, bucket: (
+            sent.append(bucket.index()), allreduce_hook(None, bucket))[1])
+        assert not learner.will_sync_module_buffers()
+        train.train_step(config, learner, train.build_optimizer(config, model),
+                         torch.amp.GradScaler("cpu", enabled=False), batches, 0, 10)
+    finally:
+        dist.destroy_process_group()
+    assert sent == sorted(set(sent)) and sent[0] == 0  # each part once
 
 
 def test_shares_of_a_batch_are_its_rows_whatever_the_number_of_processes():

@@ -6,8 +6,11 @@ import re
 import shlex
 import subprocess
 import sys
+import types
 
 import pytest
+from torch._dynamo.exc import BackendCompilerFailed
+from torch._inductor.exc import GPUTooOldForTriton, TritonMissing
 
 import config as settings
 import train
@@ -15,6 +18,7 @@ from config import PRESETS, Config, UsageError, from_preset
 from support import command_line
 
 ROOT = pathlib.Path(__file__).parents[2]
+P100 = types.SimpleNamespace(name="Tesla P100", major=6, minor=0)  # a GPU of Kaggle's
 
 # A command line of train.py, and words that its one line holds.
 WRONG = [
@@ -119,7 +123,12 @@ def test_the_programs_end_with_that_line_and_exit_status_2():
     (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
      "out of memory; lower --batch-size"),
     (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "out of memory"),
-    (MemoryError(), "out of memory"), (OSError(28, "No space left on device"), "No space left")])
+    (MemoryError(), "out of memory"), (OSError(28, "No space left on device"), "No space left"),
+    (RuntimeError("CUDA error: no kernel image is available for execution on the device\nCUDA "
+                  "kernel errors might be reported elsewhere"), "not built for this GPU; try"),
+    (GPUTooOldForTriton(P100, None), "CUDA capability 6.0); leave out --compile"),
+    (TritonMissing(None), "Cannot find a working triton"),
+    (BackendCompilerFailed(print, ValueError("no g++"), None), "ValueError: no g++); leave out")])
 def test_what_the_user_can_put_right_is_one_line(capsys, error, words):
     def main():
         raise error

@@ -213,6 +213,17 @@ def test_the_command_adds_to_what_evaluate_wrote(run, capsys):
     assert "best head" in printed and "ten folds" in printed and "labels of each class" in printed
 
 
+def test_no_more_layers_are_kept_than_are_read(run, monkeypatch):
+    """The curve of few labels reads the last; four of a ViT would take four times the memory."""
+    kept, read = [], probes.layer_features
+    monkeypatch.setattr(probes, "layer_features",
+                        lambda *given: kept.append(read(*given)) or kept[-1])
+    monkeypatch.setattr(probes, "low_shot",
+                        lambda *given: {"per_class": [2], "mean": [0.5], "std": [0.1]})
+    probes.main([str(run), "--few-labels"])
+    assert {x.shape[1] for x in kept} == {1}
+
+
 def test_each_flag_adds_its_part_only(run, capsys):
     probes.main([str(run), "--attentive", "1", "--finetune", "1", "--compare", str(run)])
     found, printed = written(run), capsys.readouterr().out
