@@ -69,11 +69,14 @@ def colors(runs):
     return [order[i % len(order)] for i in range(len(runs))]
 
 
-def panel(lines, heading):
+def panel(lines, heading, limits):
     """An SVG of lines (name, color, dashed, points); points: (step, value), not all values alike.
-    About 40 points of each line have a tooltip."""
+    limits: where the axis begins and ends, None as the data have it. About 40 points of each line
+    have a tooltip."""
     steps, values = zip(*(point for *_, points in lines for point in points))
-    low, high, last = min(values), max(values), max(*steps, 1)
+    low, high = (pick(values) if limit is None else limit
+                 for pick, limit in zip((min, max), limits))
+    last = max(*steps, 1)
 
     def place(step, value):
         return (LEFT + (RIGHT - LEFT) * step / last,
@@ -111,7 +114,7 @@ def points_of(run, column):
 def curves(runs):
     """The section of training curves; several runs share the panels."""
     panels, constant = [], []
-    for title, columns in PANELS:
+    for title, columns, limits in PANELS:
         heading, _, notice = title.partition("\n")
         lines = [(f"{run.name}, {label or heading}", color, dashed, points)
                  for run, color in zip(runs, colors(runs))
@@ -121,7 +124,7 @@ def curves(runs):
         if len(found) > 1:
             notice += "".join(f" (dashed: {label})" for label in list(columns.values())[1:])
             panels.append(f"<figure><h3>{heading}</h3><p class=notice>{notice}</p>"
-                          f"{panel(lines, heading)}</figure>")
+                          f"{panel(lines, heading, limits)}</figure>")
         elif found:
             constant.append(f"{heading} {found.pop():g}")
     key = "".join(f'<li style="color:{color}"><svg viewBox="0 0 10 10"><path d="M0,3h10v4h-10z"/>'

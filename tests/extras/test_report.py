@@ -165,7 +165,7 @@ def test_curves_begin_and_end_where_metrics_csv_does(whole, pages):
 
 def test_a_line_is_drawn_to_scale():
     lines = [("a", "red", False, [(0, 1.0), (50, 3.0), (100, 2.0)])]
-    path = re.search(r'd="M([^H]*?)"/><circle', report_pictures.panel(lines, "a"))[1]
+    path = re.search(r'd="M([^H]*?)"/><circle', report_pictures.panel(lines, "a", (1, None)))[1]
     (x0, y0), (x1, y1), (x2, y2) = (map(float, point.split(",")) for point in path.split("L"))
     assert x1 - x0 == x2 - x1 == 133 and (y0 - y1, y0 - y2) == (124, 62)
 
