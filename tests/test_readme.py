@@ -105,7 +105,8 @@ def test_every_file_program_preset_and_flag_exists():
     settings = vars(config.Config())
     flags = {"--" + name.replace("_", "-") for name in settings}
     flags |= {"--no-" + name for name, value in settings.items() if isinstance(value, bool)}
-    flags |= {"--help", "--nproc_per_node", "--max-restarts", "--dry"}  # torchrun's, gpu.sh's
+    flags |= {"--help", "--nproc_per_node", "--max-restarts", "--shm-size"}  # torchrun's, Docker's
+    flags |= {"--dry", "--alone"}  # of bench/
     for script in [*ROOT.glob("*.py"), *ROOT.glob("extras/*.py"), ROOT / "support/command_line.py"]:
         flags |= set(re.findall(r'add_argument\(\s*"(--[a-z-]+)"', script.read_text()))
     assert set(re.findall(r"(?<![-\w])--[a-z][a-z_-]+", text)) <= flags
