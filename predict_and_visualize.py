@@ -145,6 +145,19 @@ def neighbours_figure(model, untrained, images, pictures, masks, gallery, title=
 # --- features -------------------------------------------------------------------------------------
 
 
+def arrange(features, start=None, seed=0):
+    """t-SNE of features [n, D], n at least 2 -> places [n, 2] (NumPy).
+
+    It begins from `start` [n, 2], by default the first two principal components.
+    """
+    n = len(features)
+    x = PCA(min(50, *features.shape), random_state=seed).fit_transform(features.numpy())  # [n, 50]
+    start = x[:, :2] if start is None else start
+    start = 1e-4 * start / max(start[:, 0].std(), 1e-9)  # as init="pca", safe from 0 / 0
+    perplexity = min(30, max(1, (n - 1) / 3))  # neighbours: one at least, below n
+    return TSNE(perplexity=perplexity, init=start, angle=0.8, random_state=seed).fit_transform(x)
+
+
 def tsne_figure(features, labels, class_names, title="", seed=0):
     """t-SNE of several features of the same images, side by side, in the colors of ten classes.
 
@@ -159,11 +172,7 @@ def tsne_figure(features, labels, class_names, title="", seed=0):
     for axes, (name, x) in zip(panels, features.items()):
         x = x.cpu()
         alike = (labels[nearest(x, x, 2)[:, 1]] == labels).float().mean()
-        x = PCA(min(50, *x.shape), random_state=seed).fit_transform(x.numpy())  # [n, 50]
-        start = 1e-4 * x[:, :2] / max(x[:, 0].std(), 1e-9)  # init="pca", safe from 0 / 0
-        perplexity = min(30, max(1, (n - 1) / 3))  # neighbours: one at least, below n
-        tsne = TSNE(perplexity=perplexity, init=start, angle=0.8, random_state=seed)
-        class_dots(axes, tsne.fit_transform(x), labels.numpy())
+        class_dots(axes, arrange(x, seed=seed), labels.numpy())
         axes.set(xticks=[], yticks=[])
         axes.set_title(f"{plain(name)}\nnearest image has the same class: {alike:.0%}")
     class_legend(figure, class_names)

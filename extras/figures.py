@@ -47,6 +47,12 @@ def frame(axes, corner, sides, color=COLORS[5]):
                              linewidth=2, path_effects=on_any_ground))
 
 
+def as_colors(parts):
+    """Three components [n, 3] (NumPy) -> red, green and blue [n, 3], the middle 96% from 0 to 1."""
+    low, high = np.percentile(parts, [2, 98], axis=0)
+    return torch.from_numpy((parts - low) / np.maximum(high - low, 1e-9)).clamp(0, 1).float()
+
+
 # --- which patches a sampler uses -----------------------------------------------------------------
 
 
@@ -286,9 +292,8 @@ def token_figure(tokens, grid, pictures, title=""):
         place = deviations.mean(0).square().mean() / deviations.square().mean()
         pca = PCA(3).fit(deviations.flatten(0, 1).numpy())
         parts = pca.transform(deviations.flatten(0, 1).numpy())  # [n*N, 3]
-        low, high = np.percentile(parts, [2, 98], axis=0)
-        colors = torch.tensor((parts - low) / np.maximum(high - low, 1e-9)).clamp(0, 1)
-        colors = colors.unflatten(0, x.shape[:2]).mT.unflatten(2, grid)  # [n, 3, rows, columns]
+        colors = as_colors(parts).unflatten(0, x.shape[:2])  # [n, N, 3]
+        colors = colors.mT.unflatten(2, grid)  # [n, 3, rows, columns]
         shares = f"colors {pca.explained_variance_ratio_.sum():.0%}, place {place:.0%}"
         rows[f"{name}\n{shares}"] = colors[: len(pictures)]
     columns = [("", column) for column in zip(*(by_slice(part, grid) for part in rows.values()))]

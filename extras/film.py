@@ -10,7 +10,6 @@ Notation as in models.py; n images in a film, of which R have a row of their own
 """
 
 import io
-from dataclasses import asdict
 from html import escape
 from pathlib import Path
 from typing import NamedTuple
@@ -22,14 +21,14 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 from scipy.linalg import orthogonal_procrustes
 from sklearn.decomposition import PCA
-from sklearn.manifold import TSNE
 
 import data
 import evaluate
 import train
 from config import UsageError
+from extras.figures import as_colors
 from extras.report_pictures import image_tag
-from predict_and_visualize import images_to_show, normalised, rgb
+from predict_and_visualize import arrange, images_to_show, normalised, rgb
 from support import checkpoint, command_line, distributed
 from support.plots import COLORS
 
@@ -68,8 +67,7 @@ def write_snapshot(model, config, about, step):
     """Write RUN/snapshots/STEP/checkpoint.pt, which holds the target encoder and cannot resume."""
     weights = {f"target_encoder.{key}": value
                for key, value in model.target_encoder.state_dict().items()}
-    state = {"config": asdict(config), "data": about, "progress": {"step": step}, "model": weights,
-             "optimizer": {}, "scaler": {}, "generator": torch.Generator().get_state()}
+    state = checkpoint.finished(config, about, {"step": step}, weights)
     folder = Path(config.out) / "snapshots" / f"{step:06}"
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint.write(folder / "checkpoint.pt", lambda path: torch.save(state, path))
@@ -108,17 +106,6 @@ def principal_components(tokens, like=None):
     return parts if like is None else parts @ orthogonal_procrustes(parts, like)[0]
 
 
-def arrange(features, before=None):
-    """t-SNE [n, 2] of features [n, D], which starts from the places of the moment before, or from
-    two principal components: images stay where they can."""
-    n = len(features)
-    x = PCA(min(50, *features.shape), random_state=0).fit_transform(features.numpy())  # [n, 50]
-    start = x[:, :2] if before is None else before
-    start = 1e-4 * start / max(start[:, 0].std(), 1e-9)
-    perplexity = min(30, max(1, (n - 1) / 3))
-    return TSNE(perplexity=perplexity, init=start, angle=0.8, random_state=0).fit_transform(x)
-
-
 def nearest_others(features, k):
     """For each of the features [n, D] the k others of highest cosine, best first: [n, k]."""
     unit = F.normalize(features, dim=1)
@@ -135,12 +122,11 @@ def frames_of(encoders, images):
     colors, parts = {}, None
     for step, encoder in reversed(encoders.items()):  # the last moment's are not rotated
         parts = principal_components(tokens[step], parts)  # [R*N, 3]
-        low, high = np.percentile(parts, [2, 98], axis=0)
-        flat = torch.from_numpy((parts - low) / np.maximum(high - low, 1e-9)).clamp(0, 1).float()
-        colors[step] = flat.unflatten(0, tokens[step].shape[:2]).mT.unflatten(2, encoder.grid)
+        flat = as_colors(parts).unflatten(0, tokens[step].shape[:2])  # [R, N, 3]
+        colors[step] = flat.mT.unflatten(2, encoder.grid)
     frames, places = {}, None
     for step, features in pooled.items():
-        places = arrange(features, places)
+        places = arrange(features, places)  # from the moment before: images stay where they can
         frames[step] = Frame(colors[step], places, nearest_others(features, NEAREST))
     return frames
 

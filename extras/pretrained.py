@@ -657,12 +657,11 @@ def write_run(source, out, dataset="", data_dir="data"):
     encoder = found.encoder
     about = {"name": config.dataset, "images": 0, "channels": channels_of(encoder),
              "axes": len(encoder.grid), "classes": 0, "fingerprint": ""}
-    shared = {"config": asdict(config), "data": about}
     weights = {f"{name}.{key}": value for name, module in modules.items()
                for key, value in module.state_dict().items()}
-    state = {**shared, "progress": {"step": 0, "total": 0, "seconds": 0.0}, "model": weights,
-             "optimizer": {}, "scaler": {}, "generator": torch.Generator().get_state()}
-    small = {**shared, "encoder": encoder.state_dict()}
+    progress = {"step": 0, "total": 0, "seconds": 0.0}
+    state = checkpoint.finished(config, about, progress, weights)
+    small = {"config": state["config"], "data": about, "encoder": encoder.state_dict()}
     with checkpoint.open_folder(config, resume=False) as folder:
         checkpoint.write(folder / "checkpoint.pt", lambda path: torch.save(state, path))
         checkpoint.write(folder / "encoder.pt", lambda path: torch.save(small, path))

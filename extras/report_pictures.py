@@ -21,18 +21,20 @@ NOTICE = {
     "masks": ("Masks", "What is white is hidden from the context encoder. Could you say what fills "
               "the target blocks?"),
     "coverage": ("How often each patch is used", "Nothing is learned from a cell that is never "
-                 "drawn. Is there one?"),
+                 "drawn (x). Is there one?"),
     "predictor_neighbours": ("What the predictor imagines", "Does 'predicted' continue what the "
                              "context shows? 'True features' is the best that these patches "
                              "allow."),
-    "moving_block": ("One block at several places", "How does the answer change with the place, "
-                     "and where is the error high?"),
-    "prediction_error": ("Where prediction is hard", "Which patches are harder than others?"),
+    "moving_block": ("One block at several places", "Does the answer follow the place, and how "
+                     "much better are the true features?"),
+    "prediction_error": ("Where prediction is hard", "What do the hardest tenth of the patches "
+                         "(framed) have in common?"),
     "reconstruction": ("What the decoder answers", "What is sharp, and what is blurred?"),
-    "tokens": ("Principal components of the patch tokens", "Do patches that look alike get like "
-               "colors, in all images?"),
+    "tokens": ("Principal components of the patch tokens", "Do the colors follow the image or the "
+               "place?"),
     "attention": ("Attention of the last block", "How does it depend on the patch that attends?"),
-    "nearest_images": ("Nearest images", "What makes two images alike?"),
+    "nearest_images": ("Nearest images", "What makes two images alike? Framed: those of the "
+                       "query's class."),
     "tsne": ("t-SNE of the features", "Which classes come apart, and which only after training? "
              "Distances between groups mean little."),
     "confusion": ("Which class is taken for which", "Would you confuse the same ones?"),

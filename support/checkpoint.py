@@ -128,6 +128,12 @@ def load(folder):
     return config_from(state["config"], path), about, state
 
 
+def finished(config, about, progress, weights):
+    """What `load` reads of a run that never resumes: there is nothing to train it with."""
+    return {"config": asdict(config), "data": about, "progress": progress, "model": weights,
+            "optimizer": {}, "scaler": {}, "generator": torch.Generator().get_state()}
+
+
 def config_from(values, path):
     """The Config that `dataclasses.asdict` wrote; settings that no longer exist are left out."""
     values = {"merge_targets": False, **values}  # what runs did before there was a choice

@@ -168,19 +168,6 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 
 
 @pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    with sync_api.sync_playwright() as playwright:
-        try:
-            chromium = playwright.chromium.launch(
-                executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        except sync_api.Error as error:
-            pytest.skip(f"no Chromium: apt-get install chromium ({str(error).splitlines()[0]})")
-        yield chromium
-        chromium.close()
-
-
-@pytest.fixture(scope="module")
 def address(site):
     """Where the site is served, with onnxruntime-web from npm."""
     modules = SOURCES / "node_modules"
