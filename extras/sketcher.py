@@ -1,0 +1,220 @@
+"""The sketcher: a small generator that draws a hidden block from its predicted representation.
+
+It is given the prediction, averaged over the block, and the block's place and size, and never the
+context (paper section 8 and appendix E, whose decoder, a diffusion model, was not released).
+extras/sketches.py is the command, and what sketches show.
+
+It generates by flow matching: a pixel x_t lies on the line from noise (t = 0) to the image (t = 1),
+the sketcher is trained to say the velocity, image minus noise, and to draw is to follow it from
+pure noise in small steps. One single step of length 1 gives the mean of all possible blocks: a
+blur, which is what a decoder without noise would answer.
+
+Controls go through the same network, each kind of condition by an input layer of its own: the true
+target feature, an untrained predictor's answer, none. Notation as in models.py; S sketches,
+P = C*p*p numbers in a patch, M = 1 block.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+import data
+import evaluate
+import train
+from config import UsageError, parse_size
+from masking import MultiBlockMasking
+from models import Block, initialize, patchify, sincos_positions, take
+from predict_and_visualize import unpatchify
+from support import checkpoint
+
+SHARED = 8  # numbers about a pixel that the transformer's tokens hand to the pixels, and back
+SAVE_EVERY = 100  # steps
+
+
+class Sketcher(nn.Module):
+    """The velocity of a hidden block's pixels at time t, given a condition.
+
+    widths: how many numbers a condition of each kind has, a dict; grid: the encoder's.
+    """
+
+    def __init__(self, widths, grid, patch_size=4, channels=3, width=96, depth=3, heads=3):
+        super().__init__()
+        self.patch_size, self.channels = patch_size, channels
+        pixels = patch_size ** len(grid)  # of a patch
+        self.conditions = nn.ModuleDict({kind: nn.Sequential(
+            nn.BatchNorm1d(numbers, affine=False), nn.Linear(numbers, width))
+            for kind, numbers in widths.items()})
+        self.clock = nn.Sequential(nn.Linear(1, width), nn.GELU(), nn.Linear(width, width))
+        self.pixel_in = nn.Sequential(nn.Linear(channels, SHARED), nn.GELU(),
+                                      nn.Linear(SHARED, SHARED))
+        self.embed = nn.Linear(SHARED * pixels, width)
+        self.register_buffer("positions", sincos_positions(grid, width), persistent=False)
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.project = nn.Linear(width, SHARED * pixels)
+        self.pixel_out = nn.Sequential(nn.Linear(2 * SHARED, 32), nn.GELU(),
+                                       nn.Linear(32, channels))
+        self.apply(initialize)
+
+    def read(self, conditions):
+        """Conditions, a dict of kind -> [B, K], as vectors of one width: [kinds * B, D]."""
+        return torch.cat([self.conditions[kind](x) for kind, x in conditions.items()])
+
+    def forward(self, x, t, condition, masks):
+        """Patches x [B, Nt, P] at times t [B, 1], a condition [B, D] as read -> [B, Nt, P].
+
+        Tokens carry what concerns the whole block. What becomes of one pixel depends most of all on
+        the pixel itself, so it goes around them, and they only say what it is part of.
+        """
+        places, valid = masks.targets[:, 0], masks.targets_valid[:, 0]  # [B, Nt]
+        given = condition + self.clock(t)  # [B, D]
+        pixels = x.unflatten(2, (self.channels, -1)).mT  # [B, Nt, p*p, C]
+        pixels = self.pixel_in(pixels)  # [B, Nt, p*p, SHARED]
+        tokens = self.embed(pixels.flatten(2)) + self.positions[places] + given[:, None]  # [B,Nt,D]
+        for block in self.blocks:
+            tokens = block(tokens, valid)
+        around = self.project(self.norm(tokens)).unflatten(2, (-1, SHARED))  # [B, Nt, p*p, SHARED]
+        pixels = self.pixel_out(torch.cat([around, pixels], dim=-1))  # [B, Nt, p*p, C]
+        return pixels.mT.flatten(2)  # [B, Nt, P]
+
+
+def flow_loss(sketcher, patches, condition, masks, generator):
+    """Mean squared error of the velocity at a random time, over the real patches of each block."""
+    t = torch.rand(len(patches), 1, generator=generator).to(patches)  # [B, 1]
+    noise = torch.randn(patches.shape, generator=generator).to(patches)  # [B, Nt, P]
+    x = torch.lerp(noise, patches, t[..., None])  # [B, Nt, P]
+    error = (sketcher(x, t, condition, masks).float() - (patches - noise)).square().mean(-1)
+    return (error * masks.targets_valid[:, 0]).sum(1) / masks.targets_valid[:, 0].sum(1)  # [B]
+
+
+@torch.no_grad()
+def draw(sketcher, condition, masks, count, steps=32, seed=0):
+    """Sketches of hidden blocks: [B, count, Nt, P]; with steps=1 the mean of all possible ones."""
+    rows = torch.arange(len(condition), device=condition.device).repeat_interleave(count)
+    condition, masks = condition[rows], masks[rows]
+    shape = (*masks.targets[:, 0].shape, sketcher.channels * sketcher.patch_size**2)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(condition)
+    for step in range(steps):  # x [B*S, Nt, P]
+        t = torch.full_like(x[:, 0, :1], step / steps)  # [B*S, 1]
+        x = x + sketcher(x, t, condition, masks) / steps
+    return x.unflatten(0, (-1, count))
+
+
+def paste(images, masks, patches):
+    """Images [B, C, H, W] with their block replaced by patches [B, S, Nt, P] -> [B, S, C, H, W]."""
+    B, S, _, P = patches.shape
+    p = math.isqrt(P // images.shape[1])
+    rows = torch.arange(B * S, device=images.device)[:, None]  # [B*S, 1]
+    masks = masks[rows[:, 0] // S]
+    real = masks.targets_valid[:, 0]  # [B*S, Nt]
+    canvas = patchify(images, p).repeat_interleave(S, 0)  # [B*S, N, P]
+    canvas[rows.expand_as(real)[real], masks.targets[:, 0][real]] = patches.flatten(0, 1)[real]
+    return unpatchify(canvas, images.shape[1:], p).unflatten(0, (B, S))
+
+
+# --- conditions -----------------------------------------------------------------------------------
+
+
+def pool(tokens, masks):
+    """The mean over the block's patches: [B, Nt, D] -> [B, D]."""
+    valid = masks.targets_valid[:, 0, :, None]  # [B, Nt, 1]
+    return (tokens * valid).sum(1) / valid.sum(1)
+
+
+def block_feature(tokens, masks):
+    """The block's feature among tokens of the whole image [B, N, D] -> [B, D]."""
+    return pool(take(F.layer_norm(tokens, tokens.shape[-1:]), masks.targets[:, 0]), masks)
+
+
+class Subject:
+    """A run whose predictor is to be sketched: its model, images, and a sampler of one block."""
+
+    def __init__(self, folder, mae="", device=torch.device("cpu")):
+        self.model, masking, config, about = train.load_run(folder, device)
+        self.untrained = train.build(config, about["channels"])[0].predictor.to(device).eval()
+        self.mae = evaluate.load_encoders(mae, device)[0]["target"] if mae else None
+        self.masking = MultiBlockMasking(masking.grid, 1, config.target_scale, config.target_aspect,
+                                         config.context_scale, config.context_size)
+        self.dataset = data.load(config.dataset, config.split, config.data_dir, config.image_size)
+        self.kept, self.held = train.hold_out(config, len(self.dataset))
+        self.config, self.device = config, device
+
+    def images(self, numbers):
+        """Normalised images, without crop or flip: float [B, C, H, W]."""
+        size = self.config.image_size
+        return torch.cat(list(data.batches(self.dataset, 256, size, self.device, numbers)))
+
+    def masks(self, B, generator):
+        """Masks of one block for B images."""
+        return self.masking(B, generator).to(self.device)
+
+    @torch.no_grad()
+    def conditions(self, images, masks):
+        """What a block may be sketched from: a dict of kind -> [B, K]."""
+        context = self.model.context_encoder(images, masks.context, masks.context_valid)
+        found = {"predicted": pool(self.model.predictor(context, masks)[:, 0], masks),
+                 "true": block_feature(self.model.target_encoder(images), masks),
+                 "untrained": pool(self.untrained(context, masks)[:, 0], masks),
+                 "none": images.new_zeros(len(images), 1)}
+        if self.mae is not None:
+            found["MAE"] = block_feature(self.mae(images), masks)
+        return found
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+def build(subject, size, seed=0):
+    """A Sketcher for the run, as it is before training; size: WIDTHxDEPTHxHEADS."""
+    torch.manual_seed(seed)
+    images = subject.images(subject.kept[:2])
+    found = subject.conditions(images, subject.masks(2, torch.Generator().manual_seed(seed)))
+    widths = {kind: x.shape[1] for kind, x in found.items()}
+    encoder = subject.model.target_encoder
+    return Sketcher(widths, encoder.grid, encoder.patch_size, images.shape[1],
+                    *parse_size(size)).to(subject.device)
+
+
+def fit(sketcher, subject, settings, path, batch_size=64, lr=3e-3):
+    """Train the Sketcher, or finish what `path` holds; it is written now and then."""
+    optimizer = torch.optim.AdamW(sketcher.parameters(), lr=lr, betas=(0.9, 0.99))
+    generator, steps, start = torch.Generator().manual_seed(settings["seed"]), settings["steps"], 0
+
+    def save(step, **more):
+        state = {"settings": settings, "step": step, "sketcher": sketcher.state_dict(), **more}
+        checkpoint.write(path, lambda temporary: torch.save(state, temporary))
+
+    if path.exists():
+        state = checkpoint.read(path)
+        if state["settings"] != settings:
+            raise UsageError(f"{path} was trained with other settings, {state['settings']}: give "
+                             "the same, or move it away")
+        sketcher.load_state_dict(state["sketcher"])
+        start = state["step"]
+        if start < steps:
+            optimizer.load_state_dict(state["optimizer"])
+            generator.set_state(state["generator"])
+    precision = train.pick_precision(subject.config, subject.device)
+    bar = tqdm(range(start, steps), "sketcher", steps, initial=start, unit="step")
+    for step in bar:
+        some = torch.randint(len(subject.kept), (batch_size,), generator=generator)
+        images, masks = subject.images(subject.kept[some]), subject.masks(batch_size, generator)
+        found = subject.conditions(images, masks)
+        patches = take(patchify(images, sketcher.patch_size), masks.targets[:, 0])  # [B, Nt, P]
+        rows = torch.arange(len(images), device=images.device).repeat(len(found))  # [kinds * B]
+        rate = min(1, (step + 1) / 100) * train.cosine(lr, lr / 100, step / steps)
+        optimizer.param_groups[0]["lr"] = rate
+        with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
+            loss = flow_loss(sketcher, patches[rows], sketcher.read(found), masks[rows], generator)
+        optimizer.zero_grad()
+        loss.mean().backward()
+        optimizer.step()
+        if (step + 1) % SAVE_EVERY == 0:
+            losses = zip(found, loss.detach().view(len(found), -1).mean(1).tolist())
+            bar.set_postfix_str(", ".join(f"{kind} {value:.3f}" for kind, value in losses))
+            save(step + 1, optimizer=optimizer.state_dict(), generator=generator.get_state())
+    save(steps)  # the result is the weights alone
+    return sketcher.eval()
