@@ -10,7 +10,7 @@ pure noise in small steps. One single step of length 1 gives the mean of all pos
 blur, which is what a decoder without noise would answer.
 
 Controls go through the same network, each kind of condition by an input layer of its own: the true
-target feature, an untrained predictor's answer, none. Notation as in models.py; S sketches,
+target feature, untrained answers, and nothing but the block's place. Notation as in models.py; S sketches,
 P = C*p*p numbers in a patch, M = 1 block.
 """
 
@@ -132,15 +132,15 @@ def block_feature(tokens, masks):
 class Subject:
     """A run whose predictor is to be sketched: its model, images, and a sampler of one block."""
 
-    def __init__(self, folder, mae="", device=torch.device("cpu")):
+    def __init__(self, folder, mae="", device="cpu"):
         self.model, masking, config, about = train.load_run(folder, device)
-        self.untrained = train.build(config, about["channels"])[0].predictor.to(device).eval()
+        self.untrained = train.build(config, about["channels"])[0].to(device).eval()
         self.mae = evaluate.load_encoders(mae, device)[0]["target"] if mae else None
         self.masking = MultiBlockMasking(masking.grid, 1, config.target_scale, config.target_aspect,
                                          config.context_scale, config.context_size)
         self.dataset = data.load(config.dataset, config.split, config.data_dir, config.image_size)
         self.kept, self.held = train.hold_out(config, len(self.dataset))
-        self.config, self.device = config, device
+        self.config, self.device = config, torch.device(device)
 
     def images(self, numbers):
         """Normalised images, without crop or flip: float [B, C, H, W]."""
@@ -154,11 +154,15 @@ class Subject:
     @torch.no_grad()
     def conditions(self, images, masks):
         """What a block may be sketched from: a dict of kind -> [B, K]."""
-        context = self.model.context_encoder(images, masks.context, masks.context_valid)
-        found = {"predicted": pool(self.model.predictor(context, masks)[:, 0], masks),
-                 "true": block_feature(self.model.target_encoder(images), masks),
-                 "untrained": pool(self.untrained(context, masks)[:, 0], masks),
-                 "none": images.new_zeros(len(images), 1)}
+        context, untrained = (
+            part.context_encoder(images, masks.context, masks.context_valid)  # [B, Nc, D]
+            for part in (self.model, self.untrained))
+        answers = {"predicted": self.model.predictor(context, masks),
+                   "untrained predictor": self.untrained.predictor(context, masks),
+                   "untrained": self.untrained.predictor(untrained, masks)}  # each [B, 1, Nt, D]
+        found = {kind: pool(answer[:, 0], masks) for kind, answer in answers.items()}
+        found["true"] = block_feature(self.model.target_encoder(images), masks)
+        found["place only"] = images.new_zeros(len(images), 1)
         if self.mae is not None:
             found["MAE"] = block_feature(self.mae(images), masks)
         return found
@@ -178,7 +182,7 @@ def build(subject, size, seed=0):
                     *parse_size(size)).to(subject.device)
 
 
-def fit(sketcher, subject, settings, path, batch_size=64, lr=3e-3):
+def fit(sketcher, subject, settings, path, batch_size=48, lr=3e-3):
     """Train the Sketcher, or finish what `path` holds; it is written now and then."""
     optimizer = torch.optim.AdamW(sketcher.parameters(), lr=lr, betas=(0.9, 0.99))
     generator, steps, start = torch.Generator().manual_seed(settings["seed"]), settings["steps"], 0

@@ -6,7 +6,8 @@
 A prediction is a vector, not a picture. A small generator (extras/sketcher.py) draws the pixels of
 the hidden block from it, several times. What all sketches share is what the predictor knows; where
 they differ is what it leaves open. The controls, drawn and measured alike: the true target feature,
-an untrained predictor's answer, nothing but the place, and the prediction for another image.
+an untrained predictor's answer to the trained context encoder, the answer of a wholly untrained
+I-JEPA, nothing but the block's place, and the prediction for another image.
 Notation as in extras/sketcher.py.
 """
 
@@ -110,7 +111,7 @@ def main(argv=None):
     p = command_line.Parser(description="Sketch what a run's predictor imagines.")
     p.add_argument("run", type=Path, metavar="RUN", help="run folder of an I-JEPA")
     p.add_argument("--mae", default="", metavar="RUN", help="a MAE's run, as one more control")
-    p.add_argument("--steps", type=int, default=3500, help="of training, 64 images each [3500]")
+    p.add_argument("--steps", type=int, default=3000, help="of training, 48 images each [3000]")
     p.add_argument("--size", default="96x3x3", help="of the sketcher, WIDTHxDEPTHxHEADS [96x3x3]")
     p.add_argument("--images", type=int, default=200, help="held-out images to measure on [200]")
     p.add_argument("--seed", type=int, default=0, help="of weights, masks and noise [0]")
@@ -121,16 +122,17 @@ def main(argv=None):
     if len(subject.held) < 32 or subject.dataset.labels is None:
         raise UsageError(f"{args.run} needs labels, and 32 or more images held out of training")
     settings = {name: getattr(args, name) for name in ("mae", "steps", "size", "seed")}
-    began = time.perf_counter()
+    began, worked = time.perf_counter(), time.process_time()
     path = args.run / "sketcher.pt"
     sketcher = fit(build(subject, args.size, args.seed), subject, settings, path)
-    results = {"settings": settings, "seconds": round(time.perf_counter() - began, 1)}
+    results = {"settings": settings, "seconds": round(time.perf_counter() - began, 1),
+               "cpu_seconds": round(time.process_time() - worked, 1)}
     images = subject.images(subject.held[: args.images])
     masks = subject.masks(len(images), torch.Generator().manual_seed(args.seed))
     rows = measure(sketcher, subject, images, masks, probe(subject))
-    print(f"{'sketched from':16}", *(f"{name:>10}" for name in rows["predicted"]))
+    print(f"{'sketched from':20}", *(f"{name:>10}" for name in rows["predicted"]))
     for kind, row in rows.items():
-        print(f"{kind:16}", *(f"{value:10.3f}" for value in row.values()))
+        print(f"{kind:20}", *(f"{value:10.3f}" for value in row.values()))
     results |= {"images": len(images), "rows": rows, **provenance(subject.device)}
     write_json(args.run / "sketches.json", results)
     title = f"run {args.run.resolve().name}: what its predictor imagines in the frame"

@@ -1,4 +1,4 @@
-"""Claims about sketches: they follow their condition, one step is the mean, only the block changes."""
+"""Claims about sketches: they follow their condition, and only the block changes."""
 
 import json
 from pathlib import Path
@@ -102,7 +102,7 @@ def test_the_command_trains_measures_and_draws_and_does_not_train_twice(run, cap
     sketches.main(command)
     rows = json.loads((run / "sketches.json").read_text())["rows"]
     assert rows["true block"]["agreement"] == 1
-    assert {"predicted", "true", "untrained", "none", "shuffled"} < set(rows)
+    assert {"predicted", "true", "untrained", "place only", "shuffled"} < set(rows)
     assert (run / "figures" / "sketches.png").exists()
     written = (run / "sketcher.pt").stat().st_mtime_ns
     first = capsys.readouterr().out
