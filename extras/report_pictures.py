@@ -25,6 +25,8 @@ NOTICE = {
     "predictor_neighbours": ("What the predictor imagines", "Does 'predicted' continue what the "
                              "context shows? 'True features' is the best that these patches "
                              "allow."),
+    "sketches": ("Sketches of a prediction", "What do all sketches of one block share, and what "
+                 "differs? Compare with those that were told its place only."),
     "moving_block": ("One block at several places", "Does the answer follow the place, and how "
                      "much better are the true features?"),
     "prediction_error": ("Where prediction is hard", "What do the hardest tenth of the patches "

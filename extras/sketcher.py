@@ -10,8 +10,8 @@ pure noise in small steps. One single step of length 1 gives the mean of all pos
 blur, which is what a decoder without noise would answer.
 
 Controls go through the same network, each kind of condition by an input layer of its own: the true
-target feature, untrained answers, and nothing but the block's place. Notation as in models.py; S sketches,
-P = C*p*p numbers in a patch, M = 1 block.
+target feature, untrained answers, and nothing but the block's place. Notation as in models.py; S
+sketches, P = C*p*p numbers in a patch, M = 1 block.
 """
 
 import math
@@ -137,7 +137,7 @@ class Subject:
         self.untrained = train.build(config, about["channels"])[0].to(device).eval()
         self.mae = evaluate.load_encoders(mae, device)[0]["target"] if mae else None
         self.masking = MultiBlockMasking(masking.grid, 1, config.target_scale, config.target_aspect,
-                                         config.context_scale, config.context_size)
+                                         context_scale=(1.0, 1.0))  # all else is context
         self.dataset = data.load(config.dataset, config.split, config.data_dir, config.image_size)
         self.kept, self.held = train.hold_out(config, len(self.dataset))
         self.config, self.device = config, torch.device(device)
