@@ -26,6 +26,8 @@ import predict_and_visualize as core
 import train
 from config import UsageError, check
 from extras import pretrained
+from extras.sketcher import load as load_sketcher
+from extras.sketcher import pool
 from masking import Masks, to_indices
 from support import command_line
 from support.results import ROWS, read_json
@@ -33,19 +35,21 @@ from support.results import ROWS, read_json
 OUT = Path(__file__).parents[1] / "playground" / "built"
 EXAMPLES = 12  # images to choose from; they are not in the gallery
 NEAREST = 8  # images
+STEPS = 16  # of a sketch
 
 
 class Answer(nn.Module):
     """One forward pass of an I-JEPA, and what the page shows of it.
 
     images: normalised, float [G, C, H, W], those that patches and neighbours are taken from; mean,
-    std: of their channels, one float each.
+    std: of their channels, one float each; read: from the mean prediction [1, D] to what a Sketcher
+    is told.
     """
 
     @torch.no_grad()
-    def __init__(self, model, images, mean, std):
+    def __init__(self, model, images, mean, std, read=None):
         super().__init__()
-        self.model, self.channels = model, len(mean)
+        self.model, self.channels, self.read = model, len(mean), read
         tokens = torch.cat([model.target_encoder(part) for part in images.split(256)])  # [G, N, D]
         features = F.layer_norm(tokens, tokens.shape[-1:])  # [G, N, D]
         usual = features.mean(0)  # [N, D], the mean feature of each place
@@ -67,7 +71,7 @@ class Answer(nn.Module):
         Returns a dict: error, usual_error [Nt], 1 - cosine of the true feature and the predicted
         one, or the mean feature of that place; predicted_patches, true_patches int64 [Nt], the
         gallery's nearest to either; colors [N, 3], predicted_colors [Nt, 3] from 0 to 1; images
-        int64 [NEAREST], the gallery's nearest to the whole image.
+        int64 [NEAREST], the gallery's nearest to the whole image; with a Sketcher its condition.
         """
         pixels = pixels if self.channels == 3 else pixels.mean(1, keepdim=True)
         masks = Masks(context, context_valid, targets, targets_valid)
@@ -76,13 +80,15 @@ class Answer(nn.Module):
         tokens = output.tokens  # [1, N, D]
         usual = self.usual[targets[0, 0]]  # [Nt, D]
         pooled = F.normalize(tokens.mean(1), dim=1)  # [1, D]
+        asked = pool(output.predictions[:, 0], masks)  # [1, D]
         return {
             "error": 1 - F.cosine_similarity(predicted, true, dim=-1),
             "usual_error": 1 - F.cosine_similarity(usual, true, dim=-1),
             "predicted_patches": self.nearest(predicted), "true_patches": self.nearest(true),
             "colors": self.color(F.layer_norm(tokens, tokens.shape[-1:])[0] - self.usual),
             "predicted_colors": self.color(predicted - usual),
-            "images": (pooled @ self.pooled)[0].topk(NEAREST).indices}
+            "images": (pooled @ self.pooled)[0].topk(NEAREST).indices,
+            **({"condition": self.read(asked)} if self.read else {})}
 
     def nearest(self, features):
         """The gallery's patches of the highest cosine: features [Q, D] -> int64 [Q]."""
@@ -94,6 +100,28 @@ class Answer(nn.Module):
         features: less the mean of their place, which would otherwise tell most.
         """
         return ((features @ self.axes - self.low) / self.range).clamp(0, 1)
+
+
+class SketchStep(nn.Module):
+    """One of STEPS steps of a Sketcher's drawing (extras/sketcher.py)."""
+
+    def __init__(self, sketcher, mean, std):
+        super().__init__()
+        self.sketcher = sketcher
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1))
+        self.register_buffer("std", torch.tensor(std).view(-1, 1))
+
+    def forward(self, x, t, condition, targets):
+        """S sketches x [S, Nt, P] at time t [1, 1], their condition [1, W] and block [1, 1, Nt].
+
+        Returns a dict: next, x a step later; pixels [S, Nt, 3, p*p] of it, from 0 to 1.
+        """
+        S = x.shape[0]  # len() would fix it in the export
+        block = targets.expand(S, -1, -1)  # [S, 1, Nt]
+        masks = Masks(block[:, 0], block[:, 0] >= 0, block, block >= 0)  # no context, no padding
+        later = x + self.sketcher(x, t.expand(S, 1), condition.expand(S, -1), masks) / STEPS
+        pixels = later.unflatten(2, (len(self.mean), -1)) * self.std + self.mean
+        return {"next": later, "pixels": pixels.clamp(0, 1).expand(-1, -1, 3, -1)}
 
 
 class OneBlock:
@@ -123,26 +151,42 @@ def first_block(grid):
 # --- ONNX -----------------------------------------------------------------------------------------
 
 
-def export(answer, path):
-    """Write an Answer as ONNX. Numbers of context and target patches stay free."""
+def export(module, path, inputs, dims):
+    """Write a module as ONNX, by example inputs; dims: which of their axes stay free, by name."""
     try:
         import onnxscript  # noqa: F401
     except ImportError:
         raise UsageError("the playground needs the package onnxscript: python -m pip install -r "
                          "requirements-playground.txt -c constraints.txt") from None
-    encoder = answer.model.target_encoder
-    masks = OneBlock(encoder.grid, first_block(encoder.grid))(1)
-    inputs = {"pixels": torch.zeros(1, 3, *encoder.image_size), **vars(masks)}
-    Nc, Nt = torch.export.Dim("Nc"), torch.export.Dim("Nt")
-    shapes = {"pixels": {}, "context": {1: Nc}, "context_valid": {1: Nc}, "targets": {2: Nt},
-              "targets_valid": {2: Nt}}
+    free = {}  # a name is one dimension, wherever it stands
+    shapes = {name: {axis: free.setdefault(dim, torch.export.Dim(dim))
+                     for axis, dim in dims.get(name, {}).items()} for name in inputs}
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it lists what is not installed
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # about its own future
-        names = list(answer(**inputs))
-        torch.onnx.export(answer.eval(), kwargs=inputs, f=path, dynamo=True, verbose=False,
+        names = list(module(**inputs))
+        torch.onnx.export(module.eval(), kwargs=inputs, f=path, dynamo=True, verbose=False,
                           external_data=False, input_names=list(inputs), output_names=names,
                           dynamic_shapes=shapes)
+
+
+def export_answer(answer, path):
+    """Write an Answer as ONNX. Numbers of context and target patches stay free."""
+    encoder = answer.model.target_encoder
+    masks = OneBlock(encoder.grid, first_block(encoder.grid))(1)
+    export(answer, path, {"pixels": torch.zeros(1, 3, *encoder.image_size), **vars(masks)},
+           {"context": {1: "Nc"}, "context_valid": {1: "Nc"}, "targets": {2: "Nt"},
+            "targets_valid": {2: "Nt"}})
+
+
+def export_step(step, path):
+    """Write a SketchStep as ONNX. Numbers of sketches and of target patches stay free."""
+    P = step.sketcher.channels * step.sketcher.patch_size**2
+    width = step.sketcher.embed.out_features
+    export(step, path, {"x": torch.zeros(2, 3, P), "t": torch.zeros(1, 1),
+                        "condition": torch.zeros(1, width),
+                        "targets": torch.arange(3).view(1, 1, 3)},
+           {"x": {0: "S", 1: "Nt"}, "targets": {2: "Nt"}})
 
 
 # --- images and facts -----------------------------------------------------------------------------
@@ -206,16 +250,21 @@ def describe_errors(model, untrained, masking, block, images):
 
 
 def load(source):
-    """A run folder, or a name that ships: model, masking, Config, data, and evaluation (dicts)."""
+    """A run folder, or a name that ships: model, masking, Config, data, evaluation (dicts), and a
+    Sketcher if there is one."""
     folder, found = Path(source), Path(source) / "evaluation.json"
+    sketcher = folder / "sketcher.pt"
     with tempfile.TemporaryDirectory() as temporary:
         if source in pretrained.SHIPPED:
             folder, found = Path(temporary) / "run", pretrained.SHIPPED[source].with_suffix(".json")
             if "predictor" not in pretrained.write_run(source, folder):
                 raise UsageError(f"{source} has an encoder and no predictor, so it cannot answer; "
                                  "name a run folder, such as runs/demo")
-        run = train.load_run(folder)
-    return *run, read_json(found) if found.exists() else {}
+            sketcher = found.with_name(f"{source}-sketcher.pt")
+        model, masking, config, about = train.load_run(folder)
+    sketcher = (load_sketcher(sketcher, model.target_encoder, about["channels"])
+                if sketcher.exists() else None)
+    return model, masking, config, about, read_json(found) if found.exists() else {}, sketcher
 
 
 def build(source, out=OUT, images=500, data_dir=None):
@@ -223,7 +272,7 @@ def build(source, out=OUT, images=500, data_dir=None):
 
     images: of the gallery. Raises UsageError for volumes, other channels, and too few images.
     """
-    model, masking, config, about, evaluation = load(source)
+    model, masking, config, about, evaluation, sketcher = load(source)
     if about["axes"] != 2 or about["channels"] not in (1, 3):
         raise UsageError(f"the playground shows gray and color images; {source} has "
                          "{channels} channels and {axes} axes".format(**about))
@@ -240,9 +289,13 @@ def build(source, out=OUT, images=500, data_dir=None):
 
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    for name, which in (("trained", model), ("untrained", untrained)):
+    for name, which, kind in (("trained", model, "predicted"),
+                              ("untrained", untrained, "untrained")):
         print(f"{name} weights as ONNX ...", flush=True)
-        export(Answer(which, gallery, dataset.mean, dataset.std), out / f"{name}.onnx")
+        read = sketcher and sketcher.conditions[kind]
+        export_answer(Answer(which, gallery, dataset.mean, dataset.std, read), out / f"{name}.onnx")
+    if sketcher:
+        export_step(SketchStep(sketcher, dataset.mean, dataset.std), out / "sketcher.onnx")
     columns = write_sheet(core.rgb(pixels, dataset), out / "sheet.png")
     names = dataset.class_names or []
     labels = [] if dataset.labels is None else dataset.labels.tolist()
@@ -255,6 +308,7 @@ def build(source, out=OUT, images=500, data_dir=None):
     page = {
         "grid": encoder.grid, "patch": encoder.patch_size, "columns": columns,
         "examples": EXAMPLES, "images": len(dataset), "block": block,
+        "steps": STEPS if sketcher else 0, "channels": about["channels"],
         "labels": [names[label] if names else str(label) for label in labels],
         "facts": {name: text for name, text in facts.items() if text},
         "errors": describe_errors(model, untrained, masking, block, gallery[:256])}

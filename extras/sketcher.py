@@ -182,6 +182,17 @@ def build(subject, size, seed=0):
                     *parse_size(size)).to(subject.device)
 
 
+def load(path, encoder, channels):
+    """The Sketcher in a file that `fit` wrote, for the Encoder of the same run."""
+    state = checkpoint.read(path)
+    widths = {name.split(".")[1]: weight.shape[1] for name, weight in state["sketcher"].items()
+              if name.startswith("conditions.") and weight.ndim == 2}
+    sketcher = Sketcher(widths, encoder.grid, encoder.patch_size, channels,
+                        *parse_size(state["settings"]["size"]))
+    sketcher.load_state_dict(state["sketcher"])
+    return sketcher.eval()
+
+
 def fit(sketcher, subject, settings, path, batch_size=48, lr=3e-3):
     """Train the Sketcher, or finish what `path` holds; it is written now and then."""
     optimizer = torch.optim.AdamW(sketcher.parameters(), lr=lr, betas=(0.9, 0.99))

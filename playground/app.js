@@ -1,10 +1,13 @@
 // The page: an image, a hidden block, and what the model answers.
 
-import { about, ask, columns, rows, split } from "./model.js";
-import { canvas, drawColors, drawContext, drawErrors, drawFromSheet, drawPatches } from "./draw.js";
+import { about, ask, columns, rows, sketch, split } from "./model.js";
+import {
+  canvas, drawColors, drawContext, drawErrors, drawFromSheet, drawPatches, drawSketch,
+} from "./draw.js";
 
 const $ = (id) => document.getElementById(id);
 const SIDES = ["row", "column", "height", "width"];
+const SKETCHES = 8;
 const FIRST = { row: 1, column: 1, height: 0, width: 0 }; // people count rows from 1
 const picture = canvas(); // the image that is asked about
 const [row, column, height, width] = about.block;
@@ -55,7 +58,21 @@ function drawAnswer() {
   $("numbers").tBodies[0].replaceChildren(...split(block).hidden.map((n, i) => tableRow(
     Math.floor(n / columns) + 1,
     [n % columns + 1, show(answer.error[i]), show(answer.usual_error[i])])));
+  $("sketches").querySelector("div").replaceChildren(); // those of another question
   $("summary").textContent = describe();
+}
+
+/** Sketch the hidden block anew, from the prediction alone. */
+async function drawSketches() {
+  const { answer, block } = state;
+  const drawn = await sketch(block, answer.condition, SKETCHES);
+  if (answer !== state.answer) return; // the question has changed meanwhile
+  $("sketches").querySelector("div").replaceChildren(...drawn.map((pixels, s) => {
+    const context = canvas();
+    drawSketch(context.canvas, picture.canvas, block, pixels);
+    Object.assign(context.canvas, { role: "img", ariaLabel: `Sketch ${s + 1}` });
+    return context.canvas;
+  }));
 }
 
 function tableRow(name, cells) {
@@ -192,6 +209,8 @@ for (const figure of $("panels").children) {
   figure.append(frame);
 }
 panel("context", "The image without its hidden patches");
+$("sketches").hidden = !about.steps;
+$("sketch").addEventListener("click", drawSketches);
 $("gallery").textContent = about.images - about.examples;
 for (const [name, text] of Object.entries(about.facts)) {
   const term = document.createElement("dt"), value = document.createElement("dd");

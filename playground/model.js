@@ -59,3 +59,25 @@ export async function ask(image, block, weights) {
   for (const name in outputs) answer[name] = Array.from(outputs[name].data, Number);
   return answer;
 }
+
+/** A random number from a normal distribution (Box and Muller). */
+function gaussian() {
+  return Math.sqrt(-2 * Math.log(1 - Math.random())) * Math.cos(2 * Math.PI * Math.random());
+}
+
+/** Draw `count` sketches of a hidden block from an answer's condition: for each, the pixels of its
+    patches, [Nt * 3 * p * p] from 0 to 1. */
+export async function sketch(block, condition, count, noise = gaussian) {
+  const { hidden } = split(block), P = about.channels * about.patch ** 2;
+  const float = (list, shape) => new ort.Tensor("float32", Float32Array.from(list), shape);
+  const targets = indices(hidden, [1, 1, hidden.length]);
+  const given = float(condition, [1, condition.length]);
+  let x = float(Array.from({ length: count * hidden.length * P }, noise), [count, hidden.length, P]);
+  let pixels;
+  for (let step = 0; step < about.steps; step++) {
+    const model = await session("sketcher"), t = float([step / about.steps], [1, 1]);
+    ({ next: x, pixels } = await model.run({ x, t, condition: given, targets }));
+  }
+  const each = pixels.data.length / count;
+  return Array.from({ length: count }, (_, s) => pixels.data.slice(s * each, (s + 1) * each));
+}

@@ -18,7 +18,7 @@ from PIL import Image
 import predict_and_visualize as core
 import train
 from config import UsageError, from_preset
-from extras import playground
+from extras import playground, sketcher
 from masking import Masks
 from support import checkpoint
 
@@ -41,6 +41,12 @@ def save_run(config, shape, change=0.0):
     return folder
 
 
+def drawer():
+    """The Sketcher of the small run, not trained."""
+    torch.manual_seed(0)
+    return sketcher.Sketcher({"predicted": 16, "untrained": 16}, (6, 6), 4, 3, 16, 1, 1).eval()
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     """A folder with the page and the data of a small run; the run's folder is next to it."""
@@ -48,6 +54,8 @@ def site(tmp_path_factory):
     place = tmp_path_factory.mktemp("playground")
     config = from_preset("shapes", encoder="16x1x2", predictor="8x1x2", out=str(place / "run"))
     folder = save_run(config, (3, 2), change=0.3)
+    torch.save({"settings": {"size": "16x1x1"}, "sketcher": drawer().state_dict()},
+               folder / "sketcher.pt")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("support.shapes.COUNT", {"train": 1000, "test": 60})
         patch.setattr("support.shapes.make.__defaults__", (60,))
@@ -73,7 +81,8 @@ def answer_of(site, weights):
         model = train.build(config, about["channels"])[0].eval()
     mean, std = ([value] * 3 for value in (0.498, 0.318))  # data.STATISTICS["shapes"]
     gallery = (pictures(site)[playground.EXAMPLES:] - mean[0]) / std[0]
-    return playground.Answer(model, gallery, mean, std)
+    kind = "predicted" if weights == "trained" else weights
+    return playground.Answer(model, gallery, mean, std, drawer().conditions[kind])
 
 
 # --- the numbers ----------------------------------------------------------------------------------
@@ -154,7 +163,7 @@ def test_what_cannot_be_shown_is_refused_in_one_line(tmp_path, monkeypatch, site
         playground.build(save_run(flat, (1, 3)), tmp_path)
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(UsageError, match="needs the package onnxscript: python -m pip install"):
-        playground.export(answer_of(site, "trained"), tmp_path / "x.onnx")
+        playground.export_answer(answer_of(site, "trained"), tmp_path / "x.onnx")
 
 
 # --- the page, in a browser -----------------------------------------------------------------------
@@ -257,6 +266,34 @@ def read(page, canvas):
         return [...data].filter((_, i) => i % 4 < 3);
     }""")
     return torch.tensor(pixels).view(24, 24, 3).permute(2, 0, 1) / 255
+
+
+@torch.no_grad()
+def test_sketches_are_drawn_from_the_prediction_alone_and_are_pytorchs(page, site):
+    """Eight, of the block only; with the noise given, the pixels are PyTorch's to 1e-3."""
+    page.click("#sketch")
+    page.locator("#sketches canvas >> nth=7").wait_for()
+    assert page.locator("#sketches canvas").count() == 8
+    first, second = (read(page, f"#sketches canvas:nth-child({n})") for n in (1, 2))
+    about = json.loads((site / "built/about.json").read_text())
+    masks = playground.OneBlock((6, 6), about["block"])(1)
+    differ = (core.patchify((first - second)[None], 4)[0].abs().sum(1) > 0).nonzero()[:, 0]
+    assert torch.equal(differ, masks.targets[0, 0])
+    found = page.evaluate("""async () => {
+        const {state} = await import("./app.js"), {sketch} = await import("./model.js");
+        return Array.from((await sketch(state.block, state.answer.condition, 1, () => 0.5))[0]);
+    }""")
+    told = answer_of(site, "trained")(pictures(site)[:1], **vars(masks))["condition"]
+    x, network = torch.full((1, masks.targets.shape[2], 48), 0.5), drawer()
+    for step in range(playground.STEPS):
+        t = torch.full((1, 1), step / playground.STEPS)
+        x = x + network(x, t, told, masks) / playground.STEPS
+    expected = (x * 0.318 + 0.498).clamp(0, 1).flatten()
+    torch.testing.assert_close(torch.tensor(found), expected, rtol=0, atol=1e-3)
+    page.focus("#row")
+    page.keyboard.press("ArrowDown")
+    wait(page, "(row 2 to 3")
+    assert page.locator("#sketches canvas").count() == 0  # they answered another question
 
 
 def test_a_keyboard_and_a_screen_reader_are_enough(page):
