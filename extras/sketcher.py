@@ -130,9 +130,12 @@ def block_feature(tokens, masks):
 
 
 class Subject:
-    """A run whose predictor is to be sketched: its model, images, and a sampler of one block."""
+    """A run whose predictor is to be sketched: its model, images, and a sampler of one block.
 
-    def __init__(self, folder, mae="", device="cpu"):
+    mae: a MAE's run, for one more kind of condition; kinds: of conditions, if not all.
+    """
+
+    def __init__(self, folder, mae="", device="cpu", kinds=None):
         self.model, masking, config, about = train.load_run(folder, device)
         self.untrained = train.build(config, about["channels"])[0].to(device).eval()
         self.mae = evaluate.load_encoders(mae, device)[0]["target"] if mae else None
@@ -140,7 +143,7 @@ class Subject:
                                          context_scale=(1.0, 1.0))  # all else is context
         self.dataset = data.load(config.dataset, config.split, config.data_dir, config.image_size)
         self.kept, self.held = train.hold_out(config, len(self.dataset))
-        self.config, self.device = config, torch.device(device)
+        self.config, self.device, self.kinds = config, torch.device(device), kinds
 
     def images(self, numbers):
         """Normalised images, without crop or flip: float [B, C, H, W]."""
@@ -165,7 +168,7 @@ class Subject:
         found["place only"] = images.new_zeros(len(images), 1)
         if self.mae is not None:
             found["MAE"] = block_feature(self.mae(images), masks)
-        return found
+        return {kind: found[kind] for kind in self.kinds or found}
 
 
 # --- training -------------------------------------------------------------------------------------

@@ -12,6 +12,8 @@ Notation as in extras/sketcher.py.
 """
 
 import math
+import shlex
+import sys
 import time
 from pathlib import Path
 
@@ -81,20 +83,20 @@ def measure(sketcher, subject, images, masks, classify, count=8):
 
 def sketch_figure(sketcher, subject, images, masks, count=8, title=""):
     """A row for each image [B, C, H, W]: the block, the context, sketches of the prediction, their
-    mean (one step), and two sketches of each control."""
+    mean (one step), and a sketch of each control."""
     grid, p = subject.masking.grid, sketcher.patch_size
     controls = [kind for kind in [*sketcher.conditions, "shuffled"] if kind != "predicted"]
     drawn = sketches(sketcher, subject, images, masks, {"predicted": count})
     mean = sketches(sketcher, subject, images, masks, {"predicted": 1}, steps=1)
     drawn |= {"their mean": mean["predicted"],
-              **sketches(sketcher, subject, images, masks, dict.fromkeys(controls, 2))}
+              **sketches(sketcher, subject, images, masks, dict.fromkeys(controls, 1))}
     context, block = masks.maps(math.prod(grid))  # [B, N], [B, 1, N]
     pictures = rgb(images, subject.dataset)
     seen = to_pixels(context, grid, p)[:, None]  # [B, 1, H, W]
     columns = [("image", pictures), ("context", torch.where(seen, pictures, 1.0))]
     for kind, patches in drawn.items():
         pasted = paste(images, masks, patches).unbind(1)  # S of [B, C, H, W]
-        columns += [(kind, rgb(part, subject.dataset)) for part in pasted]
+        columns += [(kind.replace(" ", "\n"), rgb(part, subject.dataset)) for part in pasted]
     figure, axes = table(columns, title, side=1.2)
     for panels, inside in zip(axes, block[:, 0].unflatten(1, grid)):
         rows, files = (inside.any(1 - axis).nonzero()[:, 0] for axis in (0, 1))
@@ -133,7 +135,9 @@ def main(argv=None):
     print(f"{'sketched from':20}", *(f"{name:>10}" for name in rows["predicted"]))
     for kind, row in rows.items():
         print(f"{kind:20}", *(f"{value:10.3f}" for value in row.values()))
-    results |= {"images": len(images), "rows": rows, **provenance(subject.device)}
+    words = ["python", "-m", "extras.sketches", *(sys.argv[1:] if argv is None else argv)]
+    results |= {"data": subject.dataset.name, "images": len(images), "rows": rows,
+                "command": shlex.join(map(str, words)), **provenance(subject.device)}
     write_json(args.run / "sketches.json", results)
     title = f"run {args.run.resolve().name}: what its predictor imagines in the frame"
     figure = sketch_figure(sketcher, subject, images[:6], masks[:6], title=title)
