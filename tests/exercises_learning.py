@@ -1,11 +1,6 @@
-"""Checks of the exercises in Self_Supervised_Learning.ipynb: each states properties of an answer.
-
-A check takes the student's function. It prints "not attempted" for a stub that returns nothing,
-"failed" with the first property that does not hold and what is right, or "passed".
-"""
+"""Checks of the exercises in Self_Supervised_Learning.ipynb: properties of an answer."""
 
 import dataclasses
-import functools
 import random
 
 import torch
@@ -14,46 +9,7 @@ import torch.nn.functional as F
 import config as settings
 import diagnostics
 import train
-
-
-class NotAttempted(Exception):
-    """The stub is unchanged: it returns None or `...`."""
-
-
-def exercise(properties):
-    """Make a check of a generator that takes the student's function and yields (property, holds,
-    what is right)."""
-
-    @functools.wraps(properties)
-    def check(attempt):
-        def ask(*arguments):
-            answer = attempt(*arguments)
-            if answer is None or answer is ...:
-                raise NotAttempted
-            return answer
-
-        count = 0
-        try:
-            for name, holds, right in properties(ask):
-                if not holds:
-                    print(f"failed: {name}\n        {right}")
-                    return
-                count += 1
-        except NotAttempted:
-            print("not attempted" if count == 0
-                  else "failed: it returns nothing for some arguments")
-        except Exception as error:  # a student's function may raise anything
-            print(f"failed: {type(error).__name__}: {error}")
-        else:
-            print(f"passed: all {count} properties hold")
-
-    return check
-
-
-def equal(found, expected):
-    """Whether a number or a tensor of numbers is as expected, whatever its type."""
-    found, expected = torch.as_tensor(found).double(), torch.as_tensor(expected).double()
-    return found.shape == expected.shape and torch.allclose(found, expected, atol=1e-5)
+from exercises import equal, exercise
 
 
 @exercise
@@ -112,7 +68,7 @@ def check_pad_contexts(pad_contexts):
            "the shape is [3, 9]")
     yield ("indices are int64 and `valid` is bool",
            context.dtype == torch.int64 and valid.dtype == torch.bool,
-           f"got {context.dtype} and {valid.dtype}")
+           "`context` is int64, `valid` is bool")
     yield ("as many entries are real as patches are kept",
            valid.sum(1).tolist() == [5, 9, 7],
            "True at real patches, False at padding")
@@ -138,18 +94,26 @@ def check_attend(attend):
     def kernel(valid):
         return F.scaled_dot_product_attention(query[None], keys, values, attn_mask=valid[None])[0]
 
+    multiplied = ((keys @ query / 2) * some).softmax(0) @ values
+    found = attend(query, keys, values, some)
+    yield ("True in `valid` means: may be attended to",
+           not equal(found, kernel(~some)),
+           "you averaged exactly the padding: the mask is inverted")
+    yield ("padding gets no weight",
+           not equal(found, multiplied) and not equal(found, kernel(every)),
+           "a score of 0 still has the weight exp(0) = 1: set it to -infinity before the softmax")
+    yield ("the weights of the valid keys sum to one",
+           equal(attend(query, keys, torch.ones(5, 4), some), torch.ones(4)),
+           "values of 1 must give 1: leave padding out before the softmax, not after it")
     yield ("a query of zeros gives the plain average",
            equal(attend(torch.zeros(4), keys, values, every), values.mean(0)),
            "all weights are 1/5")
     yield ("with all keys valid it is softmax attention",
            equal(attend(query, keys, values, every), kernel(every)),
            "scores are dot products over the square root of D = 4")
-    yield ("the weights of the valid keys sum to one",
-           equal(attend(query, keys, torch.ones(5, 4), some), torch.ones(4)),
-           "values of 1 must give 1: leave padding out before the softmax")
-    yield ("True means: may be attended to",
+    yield ("with padding it is softmax attention over the valid keys",
            equal(attend(query, keys, values, some), kernel(some)),
-           "`valid` is not to be inverted")
+           "the same formula, over the keys where `valid` is True")
     changed = values.clone()
     changed[~some] = 1e6
     yield ("padding has no influence",
