@@ -1,23 +1,26 @@
 """Each check of Self_Supervised_Learning.ipynb passes the notebook's solution, leaves a stub alone,
 and names the property that a wrong answer violates."""
 
+import copy
 import math
 import re
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
-import config as settings
 import diagnostics
 import exercises_learning
+import models
+from masking import Masks
 from tests.notebooks import LEARNING, exercises, read
 
+# What a solution may use: imports of the notebook's first cells.
+NAMES = {"torch": torch, "nn": nn, "F": F, "math": math, "copy": copy, "diagnostics": diagnostics,
+         "models": models, "Masks": Masks}
 CHECKS = {name: check for name, check in vars(exercises_learning).items()
           if name.startswith("check_")}
-
-
-def fifth(changes, prediction="up"):
-    return lambda _: (settings.from_preset("shapes", **changes), prediction)
 
 
 def padded(kept):
@@ -59,14 +62,116 @@ def leaks_large_values(query, keys, values, valid):
     return scores(query, keys, valid).softmax(0) @ values + (values.max() > 1e5)
 
 
-def cuts_its_argument(context, targets):
-    for block in targets:
-        context -= block
-    return len(context)
+def drawn(grid, scale, aspect, generator, u=None, last=1, upside=False, columns=None, flip=False):
+    """One target block, right unless one of the options spoils it."""
+    u = u or torch.rand(4, generator=generator).tolist()
+    area = scale[0] + (scale[1] - scale[0]) * u[0]
+    ratio = aspect[0] + (aspect[1] - aspect[0]) * u[1]
+    ratio = 1 / ratio if upside else ratio
+    shares = math.sqrt(area * ratio), math.sqrt(area / ratio)
+    high, wide = (min(max(round(side * share), 1), side) for side, share in zip(grid, shares))
+    top, left = (math.floor(x * (side - length + last))
+                 for x, side, length in zip(u[2:], grid, (high, wide)))
+    row = columns or grid[1]
+    block = [row * r + c for r in range(top, top + high) for c in range(left, left + wide)]
+    return block[::-1] if flip else block
 
 
-def moved(start, followed, m, n):
-    return m**n * start + (1 - m**n) * followed
+def one_number_for_both(grid, scale, aspect, generator):
+    u = torch.rand(4, generator=generator).tolist()
+    return drawn(grid, scale, aspect, generator, [u[0], u[0], *u[2:]])
+
+
+def no_least_side(grid, scale, aspect, generator):
+    return [] if scale[1] < 0.01 else drawn(grid, scale, aspect, generator)
+
+
+def roomy(blocks, context, min_keep, keep_hidden=True, drop=False, count_all=False, any_side=False):
+    """The rule for too little context, right unless one of the options spoils it."""
+    hidden, kept = set(), []
+    for block in blocks:
+        more = hidden | block
+        inside = more if any_side else more & context
+        left = len(context) - (sum(map(len, blocks[: len(kept) + 1])) if count_all else len(inside))
+        hidden = more if keep_hidden or left >= min_keep else hidden
+        kept += [block] if left >= min_keep else [] if drop else [blocks[0]]
+    return kept
+
+
+def hides_in_its_argument(blocks, context, min_keep):
+    kept = roomy(blocks, context, min_keep)
+    context.clear()
+    return kept
+
+
+def answered(predictor, context, masks, positions=(True, True), valid=(True, True), invert=False,
+             folded=True, last=True):
+    """The predictor's forward, right unless one of the options spoils it."""
+    B, M, Nt = masks.targets.shape
+    seen = predictor.embed(context) + positions[0] * predictor.positions[masks.context]
+    asked = predictor.mask_token + positions[1] * predictor.positions[masks.targets]
+    real = [masks.context_valid | (not valid[0]), masks.targets_valid | (not valid[1])]
+    if folded:  # each block a row of the batch
+        x = torch.cat([seen.repeat_interleave(M, 0), asked.flatten(0, 1)], 1)
+        mask = torch.cat([real[0].repeat_interleave(M, 0), real[1].flatten(0, 1)], 1)
+    else:  # all blocks in one row
+        x = torch.cat([seen, asked.flatten(1, 2)], 1)
+        mask = torch.cat([real[0], real[1].flatten(1)], 1)
+    for block in predictor.blocks:
+        x = block(x, ~mask if invert else mask)
+    x = predictor.project(predictor.norm(x))
+    asked = Nt if folded else M * Nt
+    return (x[:, -asked:] if last else x[:, :asked]).reshape(B, M, Nt, -1)
+
+
+def spoiled(**options):
+    return lambda *arguments: answered(*arguments, **options)
+
+
+def step(model, optimizer, batches, momentum, early=False, keep=False, total=False, each=False,
+         graph=False, still=False):
+    """A training step, right unless one of the options spoils it."""
+    if not keep:
+        optimizer.zero_grad()
+    losses, share = [], 1 if total else len(batches)
+    for batch in batches:
+        losses.append(model(*batch).loss)
+        if not still:
+            (losses[-1] / share).backward()
+        if each:
+            optimizer.step()
+    if early:
+        model.update_target(momentum)
+    if not each:
+        optimizer.step()
+    if not early:
+        model.update_target(momentum)
+    loss = sum(losses) / len(losses)
+    return loss if graph else loss.detach()
+
+
+def stepping(**options):
+    return lambda *arguments: step(*arguments, **options)
+
+
+def sum_of_losses(model, optimizer, batches, momentum):
+    return step(model, optimizer, batches, momentum) * len(batches)
+
+
+def capstone(*changes):
+    """The capstone's solution with some of its code replaced."""
+    source = next(e.solution for e in exercises(read(LEARNING)) if "whole()" in e.solution)
+    for old, new in changes:
+        assert old in source, old
+        source = source.replace(old, new)
+    names = dict(NAMES)
+    exec(source, names)
+    return names["whole"]
+
+
+def late(*changes):
+    """The same, made when it is called."""
+    return lambda: capstone(*changes)()
 
 
 def mean_of_blocks(distances, valid):
@@ -81,12 +186,25 @@ WRONG = {
         (lambda y, x, p, columns: y // p * 4 + x // p, "step down by a whole row"),
         (lambda y, x, p, columns: min(y // p * columns + x // p, 10), "every pixel"),
     ],
-    "check_count_context_patches": [
-        (lambda context, targets: len(context) - sum(map(len, targets)), "taken away once"),
-        (lambda context, targets: len(context) - len(set().union(*targets)), "outside"),
-        (lambda context, targets: len(context), "taken away"),
-        (lambda context, targets: max(1, len(context.difference(*targets))), "nothing remains"),
-        (cuts_its_argument, "left unchanged"),
+    "check_draw_block": [
+        (lambda *a: drawn(*a, last=0), "last row and column"),
+        (lambda *a: drawn(*a, last=2), "lie on the grid"),
+        (lambda *a: drawn(*a, flip=True), "listed row by row"),
+        (lambda *a: drawn(*a, upside=True), "height over width"),
+        (lambda *a: drawn(*a, u=torch.rand(4).tolist()), "from the generator"),
+        (one_number_for_both, "independent draws"),
+        (lambda grid, scale, *a: drawn(grid, (scale[0], scale[0]), *a), "whole range"),
+        (lambda *a: drawn(*a, columns=a[0][0]), "has the grid's shape"),
+        (no_least_side, "at least one patch"),
+    ],
+    "check_make_room": [
+        (lambda blocks, context, least: blocks, "a copy of the first"),
+        (lambda blocks, context, least: [blocks[0]] * len(blocks), "no block changes"),
+        (lambda *a: roomy(*a, drop=True), "none is dropped"),
+        (lambda *a: roomy(*a, keep_hidden=False), "however small"),
+        (lambda *a: roomy(*a, count_all=True), "hidden once"),
+        (lambda *a: roomy(*a, any_side=True), "of the context count"),
+        (hides_in_its_argument, "left unchanged"),
     ],
     "check_pad_contexts": [
         (lambda kept: tuple(part[:, :7] for part in padded(kept)), "longest"),
@@ -107,11 +225,20 @@ WRONG = {
         (only_the_first_three, "over the valid keys"),
         (leaks_large_values, "padding has no influence"),
     ],
-    "check_ema_after": [
-        (lambda start, followed, m, n: moved(followed, start, m, n), "after no step"),
-        (lambda start, followed, m, n: moved(start, followed, 1 - m, n), "one step"),
-        (lambda start, followed, m, n: start + n * (1 - m) * (followed - start), "five steps"),
-        (lambda start, followed, m, n: moved(start, followed, min(m, 0.95), n), "never moves"),
+    "check_momentum_for": [
+        (lambda n: 1 - 1 / n, "after 1 step"),
+        (lambda n: 1 - 0.5 / n, "after 10 steps"),
+        (lambda n: round(0.5 ** (1 / n), 3) if n > 10 else 0.5 ** (1 / n), "long runs"),
+    ],
+    "check_answer_all": [
+        (lambda *a: answered(*a)[:, :, :-1], "an answer for each question"),
+        (spoiled(invert=True), "are finite"),
+        (spoiled(valid=(False, True)), "padding of the context"),
+        (spoiled(valid=(True, False)), "padded questions"),
+        (spoiled(positions=(True, False)), "two places"),
+        (spoiled(positions=(False, True)), "where a context token comes from"),
+        (spoiled(folded=False), "do not depend on the second block"),
+        (lambda *a: answered(*a) * 2, "is what predictor"),
     ],
     "check_mean_over_real": [
         (lambda distances, valid: distances.mean(0), "plain mean"),
@@ -136,19 +263,42 @@ WRONG = {
         (lambda x: diagnostics.rankme(x) < 4 or bool(x.std() < 0.1), "small ones"),
         (lambda x: diagnostics.rankme(x) < 4 or bool(x.std() > 100), "large ones"),
     ],
-    "check_fifth_block": [
-        (fifth({"out": "runs/five"}), "five target blocks"),
-        (fifth({"num_targets": 5, "context_size": 10, "out": "runs/five"}), "nothing else"),
-        (fifth({"num_targets": 5}), "folder of its own"),
-        (fifth({"num_targets": 5, "out": "runs/five"}, "maybe"), "predicted"),
+    "check_train_step": [
+        (stepping(still=True), "are trained"),
+        (stepping(early=True), "*new* weights"),
+        (stepping(graph=True), "without its graph"),
+        (stepping(keep=True), "earlier step"),
+        (stepping(each=True), "one optimizer step"),
+        (stepping(total=True), "the mean, not the sum"),
+        (sum_of_losses, "mean of the losses"),
+    ],
+    "check_whole": [
+        (late(("4 * D)", "2 * D)"), ("4 * D, D", "2 * D, D")), "modules' shapes"),
+        (late((".requires_grad_(False)", "")), "without gradient"),
+        (late(("embed.weight.data *= 2", "embed.weight.data *= 1")), "modules' size"),
+        (late(("set(range(side * side)) - union", "set(range(side * side))")), "is a target"),
+        (late(("kept=12", "kept=11")), "12 different"),
+        (late(("side - high + 1", "side - high"), ("side - wide + 1", "side - wide")),
+         "every patch is a target"),
+        (late(("0.15 + 0.05 * area", "0.05 + 0.05 * area")), "as often as"),
+        (late(("self.embed(patchify(images)) + self.positions", "self.embed(patchify(images))")),
+         "modules' tokens"),
+        (late(("F.layer_norm(tokens, tokens.shape[-1:])[index]", "tokens[index]")),
+         "targets are the modules'"),
+        (late(("self.mask_token + self.positions[masks.targets[:, 0]]",
+               "self.mask_token + 0 * self.positions[masks.targets[:, 0]]")),
+         "predictions are the modules'"),
+        (late(("/ valid.sum()", "/ 1")), "loss is the modules'"),
+        (late(("    optimizer.zero_grad()\n", "")), "second step"),
+        (late(("1 - momentum", "momentum")), "target encoder is the modules'"),
+        (late(("loss.detach()", "loss")), "without its graph"),
     ],
 }
 
 
 def solution_of(name):
     """The function that the notebook's folded solution for one check defines."""
-    notebook = read(LEARNING)
-    names = {"torch": torch, "math": math, "diagnostics": diagnostics, "settings": settings}
+    notebook, names = read(LEARNING), dict(NAMES)
     for exercise in exercises(notebook):
         called = re.search(r"\.(check_\w+)\((\w+)", notebook.cells[exercise.check].source)
         if called[1] == name:
