@@ -195,7 +195,9 @@ def settle(bug):
     return rows
 
 
-def print_tests(letter):
-    """Run the ten tests on the code of a case, and print what each finds and what is right."""
-    for what, found, right, passed in settle(bugs.BUGS[bugs.CASES[letter]]):
+def print_tests(case):
+    """Run the ten tests on a case, a letter or "sound", and print what each finds and what is
+    right."""
+    bug = bugs.SOUND if case == "sound" else bugs.BUGS[bugs.CASES[case]]
+    for what, found, right, passed in settle(bug):
         print(f"{'ok  ' if passed else 'FAIL'}  {what}: {found:.4g}, right is {right:.4g}")

@@ -71,6 +71,8 @@ def test_the_exercise_says_what_is_right_and_what_speaks_against_a_wrong_name(ca
                 said = repr(check(lambda a=letter, n=other: {a: n}))  # noqa: B023
                 assert exercises_bugs.SIGNS[other][0] in said
                 assert exercises_bugs.SIGNS[name][1] in said
+    exercises_bugs.print_tests("sound")
+    assert "FAIL" not in capsys.readouterr().out
     exercises_bugs.print_tests(letters["decayed norms"])
     out = capsys.readouterr().out.splitlines()
     assert len(out) == 10 and [line[:4] for line in out].count("FAIL") == 1
