@@ -4,6 +4,7 @@
 # make test-gpu   what only a CUDA GPU can show (a minute or two on one)
 # make notebooks  run both notebooks from top to bottom and keep their outputs (minutes)
 # make student    copies of both notebooks without solutions, in student/
+# make slides     both notebooks as slides, in slides/ (reveal.js, from the network when shown)
 # make colab      write the repository's address, below, into README and notebooks, with badges
 # make lint       style checks
 # make results    the runs behind the tables of shapes and volumes, three seeds each (half an hour)
@@ -26,8 +27,8 @@ PORT ?= 8000
 # Threads wait asleep, not spinning: as fast on an idle machine, many times faster on a busy one.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test test-gpu playground notebooks student colab results probe-speed streaming torture collapse \
-	bugs dial ablations lint clean
+.PHONY: demo test test-gpu playground notebooks student slides colab results probe-speed streaming torture \
+	collapse bugs dial ablations lint clean
 
 .venv/ready: requirements.txt constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -73,6 +74,9 @@ notebooks: .venv/ready
 
 student: .venv/ready
 	$(RUN) -m tests.student
+
+slides: .venv/ready
+	$(RUN) bench/slides.py
 
 colab: .venv/ready
 	$(RUN) bench/colab.py "$(REPOSITORY)"

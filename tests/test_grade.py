@@ -1,10 +1,11 @@
-"""Grading a notebook, and copies without solutions."""
+"""Grading a notebook, copies without solutions, and slides."""
 
 import re
 
 import nbformat
 import pytest
 
+from bench import slides
 from config import UsageError
 from tests import grade, student
 from tests.notebooks import LEARNING, PROBE, exercises, read, shown, solved
@@ -139,3 +140,16 @@ def test_copies_for_students_have_hints_and_no_solutions_and_no_outputs(tmp_path
         lines = {line for one in exercises(original) for line in one.solution.splitlines()
                  if line.startswith("    ") and len(line) > 40}
         assert not [line for line in lines if line in text and line not in code]
+
+
+@each_notebook
+def test_slides_leave_out_setup_and_solutions_and_wait_with_what_answers_a_prediction(path):
+    notebook = slides.marked(read(path))
+    for before, cell in zip(notebook.cells, notebook.cells[1:]):
+        kind = cell.metadata.slideshow.slide_type
+        if "setup" in cell.metadata.get("tags", []) or "<summary>Solution" in cell.source:
+            assert kind in ("skip", "notes")
+        elif "**Predict" in before.source and cell.cell_type == "code":
+            assert kind == "fragment"
+        elif re.match("#{1,2} ", cell.source):
+            assert kind == "slide"

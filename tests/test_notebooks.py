@@ -193,7 +193,8 @@ def copied(tmp_path_factory):
     """A folder with the files a notebook needs, and no runs; the second execution finds the run of
     the first."""
     folder = tmp_path_factory.mktemp("repository")
-    needed = ("*.py", "support/*.py", "extras/*.py", "tests/exercises*.py", "encoders/*")
+    needed = ("*.py", "support/*.py", "extras/*.py", "tests/exercises*.py", "encoders/*",
+              "images/*.svg", "results/*.json")
     for path in (path for pattern in needed for path in ROOT.glob(pattern)):
         target = folder / path.relative_to(ROOT)
         target.parent.mkdir(exist_ok=True)
