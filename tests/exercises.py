@@ -14,7 +14,14 @@ SMALL = 12  # numbers of a tensor that are shown one by one
 
 
 class NotAttempted(Exception):
-    """The stub is unchanged: it returns None or `...`, or raises NotImplementedError."""
+    """The stub is unchanged: it returns None or `...`, or raises NotImplementedError.
+
+    A check may raise it, too.
+    """
+
+
+class Nothing(Exception):
+    """The reader's function returned nothing although it has answered an earlier call."""
 
 
 class Raised(Exception):
@@ -46,8 +53,8 @@ def exercise(properties):
                     return Result(False, f"failed: {name}\n{ask.last}{right}")
                 count += 1
         except NotAttempted:
-            if not ask.answered:
-                return Result(False, "not attempted")
+            return Result(False, "not attempted")
+        except Nothing:
             return Result(False, f"failed: {ask.call} returns nothing\n"
                                  "it answers other calls: look for a branch without `return`")
         except Raised as error:
@@ -81,7 +88,7 @@ class Ask:
         except BaseException as error:  # a reader's function may raise anything
             raise Raised(f"{self.call} raised {type(error).__name__}\n{error}") from error
         if answer is None or answer is ...:
-            raise NotAttempted
+            raise Nothing if self.answered else NotAttempted
         self.answered, self.last = True, f"you returned {short(answer)} for {self.call}; "
         return answer
 

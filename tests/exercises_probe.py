@@ -91,6 +91,45 @@ def check_set_aside(set_aside):
 
 
 @exercise
+def check_probe(probe):
+    """Standardised by the training images, penalty chosen on held-out ones, fitted again on all."""
+    y, flip = torch.arange(360) % 3, torch.rand(360, generator=seeded(1)) < 0.5
+    x = 0.5 * torch.randn(3, 40, generator=seeded(2))[y] + torch.randn(360, 40, generator=seeded())
+    held = torch.arange(180) >= 90
+    noisy = torch.where(flip[:180] & ~held, (y[:180] + 1 + torch.arange(180) // 3 % 2) % 3, y[:180])
+    answer = probe(x[:180], noisy, x[180:], y[180:], held, (1.0, 1e-3))
+    yield ("two numbers: an accuracy from 0 to 1, and one of the strengths",
+           len(answer) == 2 and 0 <= float(answer[0]) <= 1 and float(answer[1]) in (1.0, 1e-3),
+           "return (share of the test images that are right, strength), in this order")
+    accuracy, strength = map(float, answer)
+    parts = [float(probe(x[:180], noisy, x[180:][part], y[180:][part], held, (1.0,))[0])
+             for part in (y[180:] == 0, y[180:] > 0)]
+    whole = float(probe(x[:180], noisy, x[180:], y[180:], held, (1.0,))[0])
+    yield ("a test image's answer does not depend on the other test images",
+           equal(whole, (parts[0] + 2 * parts[1]) / 3, 0.02),
+           "standardise the test images with the training images' mean and deviation")
+    moved = probe(x[:180], noisy, x[180:], (y[180:] + 1) % 3, held, (1.0, 1e-3))
+    yield ("the test labels have no part in the choice",
+           float(moved[1]) == strength,
+           "with other test labels the strength must be the same: choose on the held-out images")
+    yield ("the strength is the one that is best on the held-out images",
+           strength == 1.0,
+           "half of the labels fitted to are wrong: they choose 0.001, and the held-out ones 1")
+    few = torch.arange(360) % 10 < 2
+    unequal = 0.01 * torch.randn(360, 2, generator=seeded(3)) + 0.025 * few[:, None]
+    unequal = unequal[:240], few[:240].long(), unequal[240:], few[240:].long()
+    aside = torch.arange(240) >= 120
+    yield ("a weak penalty is chosen where it is better, also for features of small scale",
+           float(probe(*unequal, aside, (30.0, 1e-3))[1]) == 1e-3,
+           "standardise, so that the penalty means the same at every scale, then compare both "
+           "strengths on the held-out images")
+    yield ("the last fit is on all training images",
+           accuracy > 0.8,
+           "fit again with the chosen strength, the held-out images included: here only their "
+           "labels are all right, and the accuracy rises to about .9")
+
+
+@exercise
 def check_optimism(optimism):
     """No optimism for one head; more with more heads, less with more images; the closed form."""
 
@@ -117,40 +156,71 @@ def check_optimism(optimism):
 
 
 @exercise
-def check_vote(vote):
-    """Weighted votes of the k nearest images by cosine."""
+def check_knn_classes(knn_classes):
+    """Weighted votes of the k nearest training images by cosine, for all test images at once."""
     train_x, train_y = torch.randn(60, 8, generator=seeded()), torch.arange(60) % 3
     queries = torch.randn(20, 8, generator=seeded(1))
-
-    def answers(bank, x, k=5, temperature=0.07):
-        return [int(vote(bank, train_y, one, k, temperature)) for one in x]
-
-    found, lengths = answers(train_x, queries), torch.linspace(0.1, 9, 60)[:, None]
-    nearest = [int(train_y[F.cosine_similarity(one[None], train_x).argmax()]) for one in queries]
-    yield ("with k = 1 the answer is the class of the image of highest cosine",
-           answers(train_x, queries, k=1) == nearest,
-           "the cosine is the dot product of features divided by their lengths")
-    yield ("the length of a feature does not matter",
-           answers(train_x * lengths, queries) == found,
-           "the cosine is the dot product of features divided by their lengths")
-    query, labels = torch.tensor([1.0, 0.0]), torch.tensor([0, 1, 1, 2, 2])
+    found = torch.as_tensor(knn_classes(train_x, train_y, queries, 5, 0.07))
+    yield ("20 test images get one class each",
+           found.shape == (20,),
+           "votes are [m, K]: take the argmax over the classes, dimension 1")
+    longer = torch.linspace(0.1, 9, 60)[:, None]
+    yield ("the length of a training feature does not matter",
+           equal(knn_classes(train_x * longer, train_y, queries, 5, 0.07), found),
+           "the cosine is the dot product of features divided by their lengths: normalise both")
+    yield ("the length of a test feature does not matter",
+           equal(knn_classes(train_x, train_y, 9 * queries, 5, 0.07), found),
+           "normalise the test features too: otherwise the temperature means something else")
+    yield ("a test image's class does not depend on the other test images",
+           equal(knn_classes(train_x, train_y, queries[3:4], 5, 0.07), found[3:4]),
+           "sort and vote within each row, dimension 1")
+    query, labels = torch.tensor([[1.0, 0.0]]), torch.tensor([0, 1, 1, 2, 2])
     bank = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.8, -0.6], [-1.0, 0.1], [-1.0, 0.2]])
     yield ("a nearer neighbour weighs more",
-           int(vote(bank, labels, query, 3, 0.07)) == 0,
+           equal(knn_classes(bank, labels, query, 3, 0.07), [0]),
            "its weight is exp(cosine / temperature): here one of cosine 1 outweighs two of 0.8")
     yield ("at a high temperature all k neighbours weigh the same, and the majority wins",
-           int(vote(bank, labels, query, 3, 100.0)) == 1,
+           equal(knn_classes(bank, labels, query, 3, 100.0), [1]),
            "exp(cosine / 100) is nearly 1 for all: two votes against one")
     labels = torch.tensor([0, 0, 1, 1, 1])
     bank = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.0, 1.0], [0.0, 1.0]])
     yield ("only the k nearest vote",
-           int(vote(bank, labels, query, 2, 100.0)) == 0,
+           equal(knn_classes(bank, labels, query, 2, 100.0), [0]),
            "the two nearest have class 0")
     truth = torch.arange(20) % 3
-    right = (torch.tensor(found) == truth).float().mean()
     yield ("the accuracy is that of diagnostics.knn",
-           equal(right, diagnostics.knn(train_x, train_y, queries, truth, k=5)),
+           equal((found == truth).float().mean(),
+                 diagnostics.knn(train_x, train_y, queries, truth, k=5)),
            "for 20 queries with k = 5")
+
+
+@exercise
+def check_choose_k(choose_k):
+    """The k of the best leave-one-out accuracy on the training images."""
+    y = torch.arange(80) % 2
+    blobs = F.normalize(torch.randn(80, 6, generator=seeded(2)) + 4 * F.one_hot(y, 6), dim=1)
+    wrong = torch.rand(80, generator=seeded(3)) < 0.2
+    labels = torch.where(wrong, 1 - y, y)  # two clear classes, a fifth of the labels wrong
+    found = choose_k(blobs, labels, (1, 15))
+    yield ("the answer is one of the ks",
+           found in (1, 15),
+           "return the k itself, not its accuracy")
+    yield ("where a fifth of the labels are wrong, 15 neighbours are better than one",
+           found == 15,
+           "with k = 1 every image finds itself and seems right: take it out of its own "
+           "neighbours, for example by a cosine of -inf")
+    angles = 2 * math.pi * torch.arange(80) / 80 - 0.07 * (torch.arange(80) % 2)
+    pairs = torch.stack([angles.cos(), angles.sin()], 1)  # 40 pairs on a circle
+    of_pairs = torch.randint(4, (40,), generator=seeded(4)).repeat_interleave(2)
+    yield ("where images come in pairs of one class, one neighbour is best",
+           choose_k(pairs, of_pairs, (1, 15)) == 1,
+           "each k's accuracy is how often the vote of an image's k nearest others is right")
+    yield ("the order of the ks does not matter",
+           choose_k(pairs, of_pairs, (15, 1)) == 1,
+           "compare the accuracies, and return the k of the highest")
+    yield ("the length of a feature does not matter",
+           choose_k(blobs * (0.5 + wrong)[:, None], labels, (1, 15)) == 15,
+           "neighbours are those of highest cosine: normalise the features")
 
 
 @exercise
@@ -215,3 +285,36 @@ def check_parts(parts):
     yield ("the second compares two protocols on *one* method, MAE",
            equal(protocol, 0.35 - 0.55),
            "frozen minus fine-tuned: 0.35 - 0.55 = -0.20")
+
+
+@exercise
+def check_attentive_pool(attentive_pool):
+    """Softmax over the patches of how well each fits one query; the weighted mean of the tokens."""
+    tokens, query = torch.randn(3, 9, 4, generator=seeded()), torch.randn(4, generator=seeded(1))
+    found = attentive_pool(tokens, query)
+    yield ("3 images give one feature of 4 numbers each, [3, 4]",
+           found.shape == (3, 4),
+           "sum the weighted tokens over the N patches, dimension 1")
+    yield ("a query of zeros gives the mean over the patches",
+           equal(attentive_pool(tokens, torch.zeros(4)), tokens.mean(1)),
+           "all scores are 0, so every patch weighs 1/N: take the softmax over the patches, "
+           "dimension 1")
+    yield ("the feature of an image does not depend on the others in its batch",
+           equal(attentive_pool(tokens[:1], query), found[:1]),
+           "take the softmax over the patches of each image")
+    same = attentive_pool(tokens[:, :1].expand(-1, 9, -1), query)
+    yield ("where all patches are alike, the feature is that patch",
+           equal(same, tokens[:, 0]),
+           "the weights of an image sum to one")
+    best = (tokens @ query).argmax(1)
+    yield ("a query of great length picks the patch that fits it best",
+           equal(attentive_pool(tokens, 1e4 * query), tokens[torch.arange(3), best]),
+           "the scores are dot products of the query with each token")
+    weights = (tokens @ query / 2).softmax(1)  # [3, 9]
+    yield ("the scores are divided by the square root of the width",
+           equal(found, torch.einsum("bn,bnd->bd", weights, tokens)),
+           "softmax(tokens @ query / sqrt(D)), as in attention: here sqrt(4) = 2")
+    learned = query.clone().requires_grad_()
+    yield ("the query gets a gradient: it is what is learned",
+           attentive_pool(tokens, learned).requires_grad,
+           "no torch.no_grad() here: the encoder is frozen, the query is not")

@@ -9,7 +9,8 @@ import nbformat
 
 ROOT = pathlib.Path(__file__).parents[1]
 LEARNING, PROBE = ROOT / "Self_Supervised_Learning.ipynb", ROOT / "Linear_Probe.ipynb"
-# Of the cell after a check; the hint's box, where there is one, stands before the solution's.
+CHECK = re.compile(r"^\w+\.check_\w+\(\w+\)\s*$", re.M)  # a line of its own, which shows a Result
+# In the cell after a check; the hint's box, where there is one, stands before the solution's.
 SOLUTION = re.compile(
     r"<details>\s*<summary>Solution</summary>\s*```python\n(.*?)```.*?</details>", re.S)
 
@@ -32,14 +33,18 @@ def tags(cell):
 
 
 def exercises(notebook):
-    """The exercises in their order."""
+    """The exercises in their order: each check's cell, and the stub before it."""
     found, cells = [], notebook.cells
     for i, cell in enumerate(cells):
-        if "exercise" in tags(cell):
-            title = re.search(r"^#+ (Exercise.*)$", cells[i - 1].source, re.M)
-            check = next(j for j in range(i + 1, len(cells)) if "check_" in cells[j].source)
-            solution = SOLUTION.search(cells[check + 1].source)
-            found.append(Exercise(title[1] if title else f"Exercise {len(found) + 1}", i, check,
+        if cell.cell_type == "code" and CHECK.search(cell.source):
+            earlier = [j for j in range(i) if cells[j].cell_type == "code"]
+            tagged = [j for j in earlier if "exercise" in tags(cells[j])]
+            stub = (tagged or earlier)[-1]  # some editors lose the tags
+            prose = "\n".join(c.source for c in cells[:stub] if c.cell_type == "markdown")
+            titles = re.findall(r"^#+ (Exercise.*)$", prose, re.M)
+            after = cells[i + 1].source if i + 1 < len(cells) else ""
+            solution = SOLUTION.search(after)
+            found.append(Exercise(titles[-1] if titles else f"Exercise {len(found) + 1}", stub, i,
                                   solution[1] if solution else ""))
     return found
 

@@ -237,7 +237,7 @@ def copied(tmp_path_factory):
     the first."""
     folder = tmp_path_factory.mktemp("repository")
     needed = ("*.py", "support/*.py", "extras/*.py", "tests/exercises*.py", "encoders/*",
-              "images/ijepa.svg", "results/*.json")
+              "images/*.svg", "results/*.json")
     for path in (path for pattern in needed for path in ROOT.glob(pattern)):
         target = folder / path.relative_to(ROOT)
         target.parent.mkdir(exist_ok=True)
