@@ -3,12 +3,15 @@
 # make playground the demo's I-JEPA in the browser; MODEL=runs/mine for another run (needs npm)
 # make test-gpu   what only a CUDA GPU can show (a minute or two on one)
 # make notebooks  run both notebooks from top to bottom and keep their outputs (minutes)
+# make student    copies of both notebooks without solutions, in student/
+# make slides     both notebooks as slides, in slides/ (reveal.js, from the network when shown)
 # make colab      write the repository's address, below, into README and notebooks, with badges
 # make lint       style checks
 # make results    the runs behind the tables of shapes and volumes, three seeds each (half an hour)
 # make dial       when do representations beat pixels? three methods, three seeds (hours on a CPU; resumes)
 # make ablations  the paper's ablations at our scale, three seeds (hours on a CPU; likewise)
 # make collapse   what each safeguard against collapse is worth (minutes)
+# make bugs       ten planted bugs, each trained for a short time (an hour; resumes)
 # make streaming  what a folder too large for memory costs: images/s, memory (minutes)
 # make torture    kills runs at random moments and injects faults (a quarter of an hour)
 # make probe-speed  time of the linear probe on 50,000 features
@@ -24,8 +27,8 @@ PORT ?= 8000
 # Threads wait asleep, not spinning: as fast on an idle machine, many times faster on a busy one.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test test-gpu playground notebooks colab results probe-speed streaming torture collapse dial \
-	ablations lint clean
+.PHONY: demo test test-gpu playground notebooks student slides colab results probe-speed streaming torture \
+	collapse bugs dial ablations lint clean
 
 .venv/ready: requirements.txt constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -69,6 +72,12 @@ test-gpu: .venv/tested
 notebooks: .venv/ready
 	$(RUN) bench/run_notebooks.py
 
+student: .venv/ready
+	$(RUN) -m tests.student
+
+slides: .venv/ready
+	$(RUN) bench/slides.py
+
 colab: .venv/ready
 	$(RUN) bench/colab.py "$(REPOSITORY)"
 
@@ -91,6 +100,9 @@ torture: .venv/tested
 
 collapse: .venv/ready
 	$(RUN) bench/collapse.py > collapse.tmp && mv collapse.tmp results/collapse.json
+
+bugs: .venv/ready
+	OMP_NUM_THREADS=1 $(RUN) -m extras.bugs
 
 dial: .venv/ready
 	$(RUN) -m extras.experiments dial --seeds 0 1 2

@@ -9,6 +9,8 @@ Notation, `images` and `pictures` as in predict_and_visualize.py. Volumes are dr
 import itertools
 import json
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,7 +22,7 @@ from sklearn.decomposition import PCA
 
 import evaluate
 import predict_and_visualize as core
-from config import UsageError
+from config import UsageError, check_choice
 from extras import mae, volumes
 from extras.charts import comparison_figure, confusion_figure, low_shot_figure, per_class_figure
 from extras.volumes import by_slice
@@ -51,6 +53,31 @@ def as_colors(parts):
     """Three components [n, 3] (NumPy) -> red, green and blue [n, 3], the middle 96% from 0 to 1."""
     low, high = np.percentile(parts, [2, 98], axis=0)
     return torch.from_numpy((parts - low) / np.maximum(high - low, 1e-9)).clamp(0, 1).float()
+
+
+class Diagram:
+    """The picture of I-JEPA with the parts named in full color and the others faded, in a notebook.
+
+    parts: ids of images/ijepa.svg, such as "predictor"; none: all of it. Raises UsageError for an
+    unknown one.
+    """
+
+    FILE = Path(__file__).parents[1] / "images/ijepa.svg"
+
+    def __init__(self, *parts):
+        text, opening = self.FILE.read_text("utf-8"), r'<g class="part" id="([\w-]+)"'
+        names = re.findall(opening, text)
+        for part in parts:
+            check_choice("the diagram's part", part, names)
+        for name in set(names).difference(parts or names):
+            text = text.replace(f'id="{name}"', f'id="{name}" opacity="0.25"')
+        self.parts, self.text = parts, text
+
+    def _repr_svg_(self):
+        return self.text
+
+    def __repr__(self):
+        return f"diagram of I-JEPA: {', '.join(self.parts) or 'from an image to the loss'}"
 
 
 # --- which patches a sampler uses -----------------------------------------------------------------

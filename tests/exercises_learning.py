@@ -1,11 +1,6 @@
-"""Checks of the exercises in Self_Supervised_Learning.ipynb: each states properties of an answer.
+"""Checks of the exercises in Self_Supervised_Learning.ipynb: properties of an answer."""
 
-A check takes the student's function. It prints "not attempted" for a stub that returns nothing,
-"failed" with the first property that does not hold and what is right, or "passed".
-"""
-
-import dataclasses
-import functools
+import copy
 import random
 
 import torch
@@ -13,47 +8,10 @@ import torch.nn.functional as F
 
 import config as settings
 import diagnostics
+import models
 import train
-
-
-class NotAttempted(Exception):
-    """The stub is unchanged: it returns None or `...`."""
-
-
-def exercise(properties):
-    """Make a check of a generator that takes the student's function and yields (property, holds,
-    what is right)."""
-
-    @functools.wraps(properties)
-    def check(attempt):
-        def ask(*arguments):
-            answer = attempt(*arguments)
-            if answer is None or answer is ...:
-                raise NotAttempted
-            return answer
-
-        count = 0
-        try:
-            for name, holds, right in properties(ask):
-                if not holds:
-                    print(f"failed: {name}\n        {right}")
-                    return
-                count += 1
-        except NotAttempted:
-            print("not attempted" if count == 0
-                  else "failed: it returns nothing for some arguments")
-        except Exception as error:  # a student's function may raise anything
-            print(f"failed: {type(error).__name__}: {error}")
-        else:
-            print(f"passed: all {count} properties hold")
-
-    return check
-
-
-def equal(found, expected):
-    """Whether a number or a tensor of numbers is as expected, whatever its type."""
-    found, expected = torch.as_tensor(found).double(), torch.as_tensor(expected).double()
-    return found.shape == expected.shape and torch.allclose(found, expected, atol=1e-5)
+from exercises import equal, exercise, seeded
+from masking import Masks, MultiBlockMasking
 
 
 @exercise
@@ -77,28 +35,92 @@ def check_patch_of_pixel(patch_of_pixel):
 
 
 @exercise
-def check_count_context_patches(count_context_patches):
-    """Nothing hidden, overlapping targets, targets that extend beyond, everything hidden."""
-    yield ("without target blocks nothing is hidden",
-           equal(count_context_patches({0, 1, 2}, []), 3),
-           "3 patches remain")
-    yield ("a target block is taken away",
-           equal(count_context_patches(set(range(16)), [{5, 6, 9, 10}]), 12),
-           "16 - 4 = 12")
-    yield ("patches in two target blocks are taken away once",
-           equal(count_context_patches(set(range(16)), [{5, 6}, {6, 7}]), 13),
-           "5, 6 and 7 are hidden: 13 remain")
-    yield ("target patches outside the context block take nothing away",
-           equal(count_context_patches({0, 1, 4, 5}, [{5, 6}, {15}]), 3),
-           "only 5 is hidden: 3 remain")
-    yield ("nothing remains where all is hidden",
-           equal(count_context_patches({1, 2}, [{1}, {2, 3}]), 0),
-           "0 patches")
-    context, targets = {0, 1, 2}, [{1}]
-    count_context_patches(context, targets)
+def check_draw_block(draw_block):
+    """A block: reachable edges, a rectangle, its sides, its random numbers, a grid not square."""
+    half, one = (0.25, 0.25), (1.0, 1.0)
+    blocks = [draw_block((4, 4), half, one, seeded(i)) for i in range(100)]
+    seen = {int(n) for block in blocks for n in block}
+    yield ("every patch of the grid can be drawn, also in the last row and column",
+           {3, 12, 15} <= seen,
+           "a block of 2 rows can begin in row 0, 1 or 2: there are H - h + 1 places")
+    yield "all patches lie on the grid", seen == set(range(16)), "a 4 x 4 grid has patches 0 to 15"
+    block = draw_block((6, 6), (0.2, 0.2), (1.5, 1.5), seeded())
+    high, wide = sides(block, 6)
+    yield ("a block is a rectangle, listed row by row",
+           list(block) == [int(block[0]) + 6 * r + c for r in range(high) for c in range(wide)],
+           "all patches from the corner on, `high` rows of `wide` patches, each once")
+    yield ("aspect is height over width",
+           (high, wide) == (3, 2),
+           "area .2 and aspect 1.5 on a 6 x 6 grid: 6 * sqrt(.2 * 1.5) rounds to 3 rows, "
+           "6 * sqrt(.2 / 1.5) to 2 columns")
+    yield ("all random numbers come from the generator",
+           all(draw_block((4, 4), half, one, seeded(i)) == blocks[i] for i in range(20)),
+           "the same seed must give the same block")
+    wild = [sides(draw_block((30, 30), (0.05, 0.3), (0.5, 2.0), seeded(i)), 30)
+            for i in range(200)]
+    area, ratio = torch.tensor([(h * w, h / w) for h, w in wild], dtype=torch.float32).T
+    correlation = torch.corrcoef(torch.stack([area, ratio.log()]))[0, 1].abs().item()
+    yield ("scale and aspect are two independent draws",
+           correlation < 0.4,
+           f"the correlation of area and aspect is {correlation:.2f}: draw a number for each")
+    yield ("both are drawn from their whole range",
+           area.min() < 80 and area.max() > 230 and ratio.min() < 0.7 and ratio.max() > 1.5,
+           "uniformly from the least to the most")
+    high, wide = sides(draw_block((4, 8), half, one, seeded()), 8)
+    yield ("on a grid of 4 x 8 the block has the grid's shape",
+           (high, wide) == (2, 4),
+           "each side is a fraction of the grid's own side, and a row has 8 patches")
+    yield ("a block has at least one patch",
+           len(draw_block((4, 4), (0.001, 0.001), one, seeded())) == 1,
+           "a side that rounds to 0 becomes 1")
+
+
+def sides(block, columns):
+    """How many rows and columns of the grid a list of patch numbers reaches over."""
+    rows, across = {int(n) // columns for n in block}, {int(n) % columns for n in block}
+    return len(rows), len(across)
+
+
+@exercise
+def check_make_room(make_room):
+    """What becomes of blocks that leave too little: the first too many, all later ones, overlap."""
+    A, B, C, D = {0, 1, 4, 5}, {2, 3, 6, 7}, {8, 9, 12, 13}, {10}
+    grid = set(range(16))
+    blocks, context = [set(A), set(B), set(C)], set(grid)
+    make_room(blocks, context, 6)
     yield ("the arguments are left unchanged",
-           context == {0, 1, 2} and targets == [{1}],
-           "take a copy, or a difference of sets")
+           blocks == [A, B, C] and context == grid,
+           "make new sets: `hidden = hidden | block`, not `hidden |= block` on a block")
+    yield ("where enough is left no block changes",
+           make_room([A, B], grid, 8) == [A, B],
+           "16 - 8 = 8 patches are left")
+    yield ("the block that leaves too few becomes a copy of the first, and none is dropped",
+           make_room([A, B, C], grid, 6) == [A, B, A],
+           "with the third 4 patches are left: [first, second, first]")
+    yield ("so do all later ones, however small",
+           make_room([A, B, C, D], grid, 6) == [A, B, A, A],
+           "after a block that was too much the running count stays too small")
+    yield ("patches in two blocks are hidden once",
+           make_room([A, {4, 5, 8, 9}], grid, 10) == [A, {4, 5, 8, 9}],
+           "0, 1, 4, 5, 8, 9 are hidden: 10 are left")
+    yield ("only patches of the context count",
+           make_room([A, B], grid - {2, 3}, 8) == [A, B],
+           "of the second block only 6 and 7 lie in the context: 14 - 6 = 8 are left")
+    chance = random.Random(0)
+    draws = [[set(chance.sample(range(16), 4)) for _ in range(4)] for _ in range(50)]
+    yield ("it is the module's rule",
+           all(make_room(draw, grid, 6) == by_module(draw, 6) for draw in draws),
+           "as MultiBlockMasking.make_room")
+
+
+def by_module(blocks, min_keep):
+    """What the mask sampler's rule makes of blocks on a 4 x 4 grid: a list of sets."""
+    maps = torch.zeros(1, len(blocks), 16, dtype=torch.bool)
+    for m, block in enumerate(blocks):
+        maps[0, m, sorted(block)] = True
+    sampler = MultiBlockMasking((4, 4), min_keep=min_keep)
+    kept = sampler.make_room(maps, torch.ones(1, 16, dtype=torch.bool))[0][0]  # [M, N]
+    return [set(row.nonzero()[:, 0].tolist()) for row in kept]
 
 
 @exercise
@@ -112,7 +134,7 @@ def check_pad_contexts(pad_contexts):
            "the shape is [3, 9]")
     yield ("indices are int64 and `valid` is bool",
            context.dtype == torch.int64 and valid.dtype == torch.bool,
-           f"got {context.dtype} and {valid.dtype}")
+           "`context` is int64, `valid` is bool")
     yield ("as many entries are real as patches are kept",
            valid.sum(1).tolist() == [5, 9, 7],
            "True at real patches, False at padding")
@@ -138,18 +160,26 @@ def check_attend(attend):
     def kernel(valid):
         return F.scaled_dot_product_attention(query[None], keys, values, attn_mask=valid[None])[0]
 
+    multiplied = ((keys @ query / 2) * some).softmax(0) @ values
+    found = attend(query, keys, values, some)
+    yield ("True in `valid` means: may be attended to",
+           not equal(found, kernel(~some)),
+           "you averaged exactly the padding: the mask is inverted")
+    yield ("padding gets no weight",
+           not equal(found, multiplied) and not equal(found, kernel(every)),
+           "a score of 0 still has the weight exp(0) = 1: set it to -infinity before the softmax")
+    yield ("the weights of the valid keys sum to one",
+           equal(attend(query, keys, torch.ones(5, 4), some), torch.ones(4)),
+           "values of 1 must give 1: leave padding out before the softmax, not after it")
     yield ("a query of zeros gives the plain average",
            equal(attend(torch.zeros(4), keys, values, every), values.mean(0)),
            "all weights are 1/5")
     yield ("with all keys valid it is softmax attention",
            equal(attend(query, keys, values, every), kernel(every)),
            "scores are dot products over the square root of D = 4")
-    yield ("the weights of the valid keys sum to one",
-           equal(attend(query, keys, torch.ones(5, 4), some), torch.ones(4)),
-           "values of 1 must give 1: leave padding out before the softmax")
-    yield ("True means: may be attended to",
+    yield ("with padding it is softmax attention over the valid keys",
            equal(attend(query, keys, values, some), kernel(some)),
-           "`valid` is not to be inverted")
+           "the same formula, over the keys where `valid` is True")
     changed = values.clone()
     changed[~some] = 1e6
     yield ("padding has no influence",
@@ -158,23 +188,64 @@ def check_attend(attend):
 
 
 @exercise
-def check_ema_after(ema_after):
-    """The closed form of an EMA: no step, one step, five steps, momentum 0 and 1."""
-    yield ("after no step it is where it began",
-           equal(ema_after(2.0, 5.0, 0.9, 0), 2.0),
-           "momentum ** 0 is 1")
-    yield ("one step moves it by (1 - momentum) of the way",
-           equal(ema_after(2.0, 5.0, 0.9, 1), 2.3),
-           "0.9 * 2 + 0.1 * 5 = 2.3")
-    average = 2.0
-    for _ in range(5):
-        average = 0.7 * average + 0.3 * -1.0
-    yield ("five steps are as in the loop",
-           equal(ema_after(2.0, -1.0, 0.7, 5), average),
-           f"from 2 towards -1 with momentum .7: {average:.4f}")
-    yield ("momentum 1 never moves, momentum 0 arrives at once",
-           equal(ema_after(2.0, 5.0, 1.0, 50), 2.0) and equal(ema_after(2.0, 5.0, 0.0, 1), 5.0),
-           "2 and 5")
+def check_momentum_for(momentum_for):
+    """The momentum of a half-life: one step, ten steps, long runs."""
+    yield ("half of the old value is forgotten after 1 step",
+           equal(momentum_for(1), 0.5),
+           "m = .5: the old value keeps the share m ** 1")
+    yield ("half is forgotten after 10 steps",
+           equal(momentum_for(10) ** 10, 0.5),
+           "the share that is left after n steps is m ** n: it must be .5")
+    yield ("it is right for long runs, too",
+           equal(momentum_for(1000), 0.99930709),
+           "half of it, not a share that is only near: 0.9993071")
+
+
+@exercise
+def check_answer_all(answer_all):
+    """The predictor's forward: who sees whom, positions on both sides, blocks apart, all of it."""
+    torch.manual_seed(0)
+    predictor = models.Predictor(4, (4, 4), width=8, depth=2, heads=2)
+    with torch.no_grad():
+        predictor.mask_token.normal_()  # of a size that counts, as after training
+    masks = MultiBlockMasking((4, 4), num_targets=2)(3, seeded(2))
+    context, real = torch.randn(3, masks.context.shape[1], 4), masks.targets_valid
+    found = answer_all(predictor, context, masks)
+    shape = (*masks.targets.shape, 4)
+    yield ("there is an answer for each question",
+           tuple(getattr(found, "shape", ())) == shape,
+           f"[B, M, Nt, D] is {list(shape)}")
+    yield ("the answers are finite",
+           bool(found.isfinite().all()),
+           "NaN comes from a token that may attend to nothing: is the mask inverted?")
+    padding = ~masks.context_valid[..., None]
+    other = answer_all(predictor, torch.where(padding, context, context + torch.randn(4)), masks)
+    yield ("the answers depend on the context",
+           not equal(other[real], found[real], 1e-3),
+           "other context tokens gave the same answers: is the mask inverted? True means: attend")
+    other = answer_all(predictor, torch.where(padding, context + 5, context), masks)
+    yield ("padding of the context has no influence",
+           equal(other[real], found[real], 1e-4),
+           "give `context_valid` to the blocks as part of `valid`")
+    moved = Masks(masks.context, masks.context_valid, masks.targets.where(real, 9), real)
+    yield ("padded questions have no influence",
+           equal(answer_all(predictor, context, moved)[real], found[real], 1e-4),
+           "give `targets_valid` to the blocks as part of `valid`")
+    yield ("two places get two answers",
+           not equal(found[0, 0, 0], found[0, 0, 1], 1e-3),
+           "a question is the mask token plus the position of its place")
+    shifted = Masks((masks.context + 5) % 16, masks.context_valid, masks.targets, real)
+    yield ("it matters where a context token comes from",
+           not equal(answer_all(predictor, context, shifted)[real], found[real], 1e-3),
+           "add `predictor.positions[masks.context]` to the embedded context")
+    single = Masks(masks.context, masks.context_valid, masks.targets[:, :1], real[:, :1])
+    yield ("the first block's answers do not depend on the second block",
+           equal(answer_all(predictor, context, single)[:, 0][real[:, 0]],
+                 found[:, 0][real[:, 0]], 1e-4),
+           "each block is a row of the batch of its own: [B*M, Nc+Nt, Dp]")
+    yield ("it is what predictor(context, masks) gives",
+           equal(found[real], predictor(context, masks)[real], 1e-4),
+           "embed, add positions, join, blocks, norm, project, and read off the last Nt tokens")
 
 
 @exercise
@@ -215,6 +286,92 @@ def check_optimizer_steps(optimizer_steps):
            "5 * (1,060 // 100) = 50")
 
 
+class Counting(torch.optim.SGD):
+    """Plain gradient descent that counts its steps. (AdamW's first step has nearly the same length
+    whatever the gradient, and so turns rounding into large differences.)"""
+
+    steps = 0
+
+    def step(self, closure=None):
+        self.steps += 1
+        return super().step(closure)
+
+
+def toy(count):
+    """A small I-JEPA, an optimizer for it, and `count` batches whose losses differ."""
+    torch.manual_seed(0)
+    encoder = models.Encoder(8, 1, 1, image_size=8, patch_size=2, channels=1)
+    model = models.IJEPA(encoder, models.Predictor(8, (4, 4), width=8, depth=1, heads=1))
+    with torch.no_grad():
+        for p in model.context_encoder.parameters():  # the two encoders differ, as in a run
+            p += 0.1 * torch.randn_like(p)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    masking = MultiBlockMasking((4, 4), num_targets=2)
+    batches = [((1 + i) * torch.randn(4, 1, 8, 8), masking(4, seeded(i))) for i in range(count)]
+    return model, Counting(trained, lr=0.5), batches
+
+
+def stepped(model, batches, momentum=0.9):
+    """The weights after a step, by the definition: gradient of the mean loss, descent, EMA."""
+    model = copy.deepcopy(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    loss = sum(model(*batch).loss for batch in batches) / len(batches)
+    gradients = torch.autograd.grad(loss, trained)
+    with torch.no_grad():
+        for p, g in zip(trained, gradients):
+            p -= 0.5 * g
+    model.update_target(momentum)
+    return loss.detach(), flat(model.context_encoder, model.predictor), flat(model.target_encoder)
+
+
+def flat(*modules):
+    """All weights of some modules in one vector."""
+    return torch.cat([p.detach().flatten() for module in modules for p in module.parameters()])
+
+
+@exercise
+def check_train_step(train_step):
+    """One step: EMA after the optimizer, stale gradients, accumulation, what is returned."""
+    model, optimizer, batches = toy(1)
+    old, (loss, trained, target) = flat(model.target_encoder), stepped(model, batches)
+    found = train_step(model, optimizer, batches, 0.9)
+    new = flat(model.context_encoder, model.predictor)
+    yield ("context encoder and predictor are trained",
+           not equal(new, flat(toy(1)[0].context_encoder, toy(1)[0].predictor)),
+           "their weights are as before: call backward, then optimizer.step")
+    yield ("the gradient is that of the loss",
+           equal(new, trained),
+           "zero_grad, backward, step, once each")
+    followed = flat(model.context_encoder)
+    yield ("the target encoder follows the *new* weights of the context encoder",
+           equal(flat(model.target_encoder), 0.9 * old + 0.1 * followed),
+           "update_target(momentum) comes after optimizer.step")
+    yield ("it returns the loss, without its graph",
+           equal(found, loss) and not getattr(found, "requires_grad", False),
+           f"{loss:.4f}, detached: a loss that keeps its graph keeps all activations in memory")
+    model, optimizer, batches = toy(1)
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = torch.ones_like(p)
+    train_step(model, optimizer, batches, 0.9)
+    yield ("gradients left over from an earlier step are cleared",
+           equal(flat(model.context_encoder, model.predictor), trained),
+           "optimizer.zero_grad() comes before backward")
+    model, optimizer, batches = toy(3)
+    loss, trained, target = stepped(model, batches)
+    found = train_step(model, optimizer, batches, 0.9)
+    yield ("three batches make one optimizer step",
+           optimizer.steps == 1,
+           f"the optimizer made {optimizer.steps}: gradients add up by themselves")
+    yield ("their gradient is the mean, not the sum",
+           equal(flat(model.context_encoder, model.predictor), trained, 1e-4),
+           "divide each loss by the number of batches before backward")
+    yield ("the target encoder moves once",
+           equal(flat(model.target_encoder), target, 1e-4),
+           "update_target once, after the step")
+    yield "it returns the mean of the losses", equal(found, loss), f"{loss:.4f}"
+
+
 @exercise
 def check_has_collapsed(has_collapsed):
     """The alarm: constant and one-directional features, healthy ones of any size."""
@@ -240,24 +397,97 @@ def check_has_collapsed(has_collapsed):
            "scale is no sign of collapse: use shares, not sizes")
 
 
+def sizes(model):
+    """The deviation of each of a model's weights."""
+    return torch.stack([p.detach().std(correction=0) for p in model.parameters()])
+
+
 @exercise
-def check_fifth_block(fifth_block):
-    """A Config with five blocks, nothing else changed but its folder, and a prediction."""
-    plain, (changed, prediction) = settings.from_preset("shapes"), fifth_block("shapes")
-    yield ("there are five target blocks",
-           changed.num_targets == 5,
-           f"num_targets is {changed.num_targets}")
-    other = {name for name, value in dataclasses.asdict(plain).items()
-             if getattr(changed, name) != value} - {"num_targets", "out"}
-    yield ("nothing else is changed but the run folder",
-           not other,
-           f"these differ, too: {', '.join(sorted(other))}")
-    yield ("the run has a folder of its own",
-           changed.out not in ("", "runs/shapes", "runs/notebook-shapes"),
-           f"out is '{changed.out}', where another run may lie")
-    apart = dataclasses.replace(changed, merge_targets=False)
-    masks = train.build(apart)[1](2, torch.Generator().manual_seed(0))
-    yield "the sampler draws five blocks", masks.targets.shape[1] == 5, "M is 5"
-    yield ("you have predicted something",
-           prediction in ("up", "down", "no clear change"),
-           f"'up', 'down' or 'no clear change', not {prediction!r}")
+def check_whole(whole):
+    """The capstone against the modules: weights, masks, targets, predictions, loss, one step."""
+    torch.manual_seed(0)
+    model, draw_masks, train_step = whole()
+    config = settings.from_preset("shapes", precision="fp32")
+    reference, masking = train.build(config)
+    shapes = [[list(p.shape) for p in m.parameters()] for m in (model, reference)]
+    names = [name for name, _ in reference.named_parameters()]
+    first = next((f"number {i} is {a}, the modules' {name} is {b}"
+                  for i, (a, b, name) in enumerate(zip(*shapes, names)) if a != b),
+                 f"there are {len(shapes[0])}, the modules have {len(names)}")
+    yield "the parameters have the modules' shapes, in their order", shapes[0] == shapes[1], first
+    trained = [p.requires_grad for p in model.parameters()]
+    yield ("the target encoder, and nothing else, is without gradient",
+           trained == [p.requires_grad for p in reference.parameters()],
+           "copy.deepcopy(context_encoder).requires_grad_(False)")
+    close = (sizes(model) - sizes(reference)).abs() < 0.25 * sizes(reference) + 0.01
+    yield ("the weights begin with the modules' size",
+           bool(close.all()),
+           f"{names[int((~close).int().argmax())]} differs: Xavier for linear layers, biases 0, "
+           "the patch embedding doubled, the mask token .02")
+    yield ("the target encoder begins as a copy of the context encoder",
+           equal(flat(model.target_encoder), flat(model.context_encoder)),
+           "copy it after the weights are drawn")
+
+    masks, theirs = draw_masks(500, seeded()), masking(500, seeded())
+    context, targets = masks.maps(36)
+    yield ("no context patch is a target",
+           not (context & targets.any(1)).any(),
+           "take the targets away from the context")
+    yield ("12 different context patches are kept, none of them padding",
+           masks.context.shape == (500, 12) and bool((context.sum(1) == 12).all()),
+           "context is [B, 12], context_valid is True everywhere")
+    yield ("the blocks of an image are one list, without doubles",
+           targets.shape[1] == 1 and equal(targets.sum(-1), masks.targets_valid.sum(-1)),
+           "targets is [B, 1, Nt], the union of the blocks; targets_valid is True where it is real")
+    often, right = (part.any(1).float().mean(0) for part in (targets, theirs.maps(36)[1]))  # [N]
+    yield ("every patch is a target in some image", bool((often > 0).all()),
+           "the last place of a corner is included: H - h + 1 places")
+    yield ("patches are targets as often as with the modules' sampler",
+           bool(((often - right).abs() < 0.15).all()),  # 4.7 standard errors of the difference
+           "look at scale, aspect, and the rule for too little context")
+
+    with torch.no_grad():
+        for mine, right in zip(model.parameters(), reference.parameters()):
+            mine.copy_(right + 0.02 * torch.randn_like(right))  # no bias is 0
+            right.copy_(mine)
+    images, masks = torch.randn(8, 3, 24, 24, generator=seeded(1)), masking(8, seeded(2))
+    output, expected, real = model(images, masks), reference(images, masks), masks.targets_valid
+    yield ("the target encoder gives the modules' tokens",
+           equal(model.target_encoder(images), expected.tokens),
+           "patches (channels first), positions, blocks, norm, for all 36 patches")
+    yield ("the targets are the modules'",
+           equal(output.targets[real], expected.targets[real]),
+           "encode the whole image, layer-norm each token, then take the targets")
+    yield ("the predictions are the modules'",
+           equal(output.predictions[real], expected.predictions[real]),
+           "context tokens and questions, each with its position; look at the mask")
+    yield ("the loss is the modules'",
+           equal(output.loss, expected.loss),
+           f"{expected.loss:.5f}: smooth L1, the mean over the width and the *real* targets")
+    optimizers = [torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.5)
+                  for m in (model, reference)]
+    def both_step(seed):
+        batch = torch.randn(8, 3, 24, 24, generator=seeded(seed)), masking(8, seeded(seed))
+        optimizers[1].zero_grad()
+        loss = reference(*batch).loss
+        loss.backward()
+        optimizers[1].step()
+        reference.update_target(0.9)
+        return train_step(model, optimizers[0], *batch, 0.9), loss
+
+    def same(*parts):
+        one, other = (flat(*(getattr(m, part) for part in parts)) for m in (model, reference))
+        return equal(one, other, 1e-4)
+
+    found, loss = both_step(3)
+    yield ("after a step context encoder and predictor are the modules'",
+           same("context_encoder", "predictor"), "backward, then optimizer.step")
+    yield ("after a step the target encoder is the modules'",
+           same("target_encoder"), "the EMA of the *new* weights: after the optimizer's step")
+    both_step(4)
+    yield ("so it is after a second step",
+           same("context_encoder", "predictor", "target_encoder"),
+           "zero_grad: the gradients of the first step must not stay")
+    yield ("a step returns the loss, without its graph",
+           equal(found, loss, 1e-4) and not getattr(found, "requires_grad", False),
+           "loss.detach()")

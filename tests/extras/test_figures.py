@@ -2,6 +2,7 @@
 and a run gets all that it allows."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 import data
 import train
-from config import from_preset
+from config import UsageError, from_preset
 from extras import charts, figures, mae
 from masking import MultiBlockMasking
 from models import IJEPA, Encoder, Predictor
@@ -266,6 +267,20 @@ def test_ablations_are_differences_to_the_first_row_seed_by_seed():
         assert [text.get_text() for text in axes.texts] == ["-45.0", "+30.0", "+0.0"]
     names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert names == list(rows)[1:] and "as it is (60.0%)" in figure.axes[0].get_xlabel()
+
+
+def test_the_diagram_fades_all_parts_but_those_named_and_changes_no_other_picture_on_its_page():
+    whole, part = (figures.Diagram(*parts)._repr_svg_() for parts in ((), ("loss", "targets")))
+    ids, faded = (set(re.findall(r'<g class="part" id="([\w-]+)"' + end, part))
+                  for end in ("", ' opacity="0.25"'))
+    assert faded == ids - {"loss", "targets"} and len(ids) == 12
+    assert whole == figures.Diagram.FILE.read_text("utf-8") == part.replace(' opacity="0.25"', "")
+    style = re.search("<style>(.*)</style>", whole, re.S)[1]
+    rules = re.findall(r"(?:^|[{}])\s*([^{}@]+?)\s*\{", style)
+    assert len(rules) > 10 and all(rule.startswith(".ijepa") for rule in rules)
+    assert "<script" not in whole and len(whole) < 10_000
+    with pytest.raises(UsageError, match="predictor"):
+        figures.Diagram("predicter")
 
 
 def test_names_of_classes_are_shown_as_they_are(tmp_path):
