@@ -134,6 +134,30 @@ def test_a_name_that_another_section_needs_has_one_meaning(path):
 
 
 @each_notebook
+def test_outputs_have_no_errors_no_warnings_and_no_absolute_paths(path):
+    for cell in read(path).cells:
+        for output in cell.get("outputs", []):
+            assert output.get("name") != "stderr", f"{cell.source}\n\n{output.text}"
+        text = shown(cell)
+        assert not re.search(r"\w*Warning\b|\bwarning:|Traceback", text), text
+        assert not re.search(r"(?<![\w.:/])(/[\w.-]+){2,}|\b[A-Z]:\\\\", text), text
+
+
+@each_notebook
+def test_every_prediction_that_is_asked_for_is_answered(path):
+    """After the code that a question precedes comes an answer: a folded box, or some text before
+    the next heading. (Whether it answers, a reader must judge.)"""
+    cells = read(path).cells
+    opening = next(i for i, cell in enumerate(cells) if cell.source.startswith("## "))
+    for i, cell in enumerate(cells):
+        if i >= opening and cell.cell_type == "markdown" and "**Predict" in cell.source:
+            code = next(j for j in range(i, len(cells)) if cells[j].cell_type == "code")
+            after = next(c.source for c in cells[code:] if c.cell_type == "markdown")
+            text = re.split(r"^#", after, flags=re.M)[0]
+            assert "<summary>Answer</summary>" in after or len(text.split()) >= 5, cell.source
+
+
+@each_notebook
 def test_it_is_light_and_bears_no_trace_of_the_machine(path):
     text = path.read_text()
     assert len(text) < MEGABYTES * 1e6
@@ -143,7 +167,7 @@ def test_it_is_light_and_bears_no_trace_of_the_machine(path):
 
 
 @each_notebook
-def test_every_exercise_has_a_stub_a_check_and_a_folded_solution(path):
+def test_every_exercise_has_a_stub_a_check_a_hint_and_a_folded_solution(path):
     notebook = read(path)
     for exercise in exercises(notebook):
         assert "exercise" in notebook.cells[exercise.stub - 1].source.lower()
@@ -152,6 +176,8 @@ def test_every_exercise_has_a_stub_a_check_and_a_folded_solution(path):
         call = notebook.cells[exercise.check].source.strip()
         assert re.fullmatch(r"\w+\.check_\w+\(\w+\)", call)
         assert exercise.solution, source
+        boxes = notebook.cells[exercise.check + 1].source
+        assert re.match(r"<details>\s*<summary>Hint</summary>.*?</details>", boxes, re.S), source
         assert "not attempted" in shown(notebook.cells[exercise.check])
 
 
