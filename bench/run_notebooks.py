@@ -10,6 +10,8 @@ Outputs that would differ in every run or that a web page cannot show are left o
 intermediate states of progress bars, and live sliders, next to each of which stands a figure.
 """
 
+import base64
+import io
 import pathlib
 import re
 import sys
@@ -19,6 +21,7 @@ import time
 import nbformat
 from colab import set_address
 from nbclient import NotebookClient
+from PIL import Image
 
 ROOT = pathlib.Path(__file__).parents[1]
 LIVE = "application/vnd.jupyter.widget-view+json"
@@ -40,8 +43,17 @@ def merged(outputs):
     return [output for output in kept if output.output_type != "stream" or output.text.strip()]
 
 
+def lighter(png):
+    """A figure, PNG in base64, in 256 colors: a third of its size, the same to the eye."""
+    image = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
+    image = image.quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    image.save(small := io.BytesIO(), "PNG", optimize=True)
+    return min(base64.b64encode(small.getvalue()).decode(), png, key=len)
+
+
 def stripped(notebook):
-    """The notebook without execution times, live sliders and the addresses of figures."""
+    """The notebook without execution times, live sliders and the addresses of figures, which become
+    lighter."""
     notebook.metadata.pop("widgets", None)
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
@@ -50,6 +62,7 @@ def stripped(notebook):
         for output in cell.get("outputs", []):
             if "image/png" in output.get("data", {}):
                 output["data"]["text/plain"] = "<Figure>"
+                output["data"]["image/png"] = lighter(output["data"]["image/png"])
                 output["metadata"] = {}
     return notebook
 
