@@ -226,7 +226,8 @@ def figure(found, letters):
 
     Each seed has a line.
     """
-    drawn = Figure(figsize=(1.75 * len(PANELS), 1.2 * len(letters) + 0.8), layout="constrained")
+    size = 1.75 * len(PANELS), 1.2 * len(letters) + 0.8
+    drawn = Figure(figsize=size, dpi=100, layout="constrained")
     axes = drawn.subplots(len(letters), len(PANELS), squeeze=False, sharex=True)
     for letter, row in zip(letters, axes):
         for panel, (_, names, limits) in zip(row, PANELS):
