@@ -1,6 +1,6 @@
 """Execute the notebooks from top to bottom and keep their outputs.
 
-    python bench/run_notebooks.py                         both (`make notebooks`)
+    python bench/run_notebooks.py                         both, in course order (`make notebooks`)
     python bench/run_notebooks.py Linear_Probe.ipynb      one
     python bench/run_notebooks.py --alone                 both as on Colab: each alone in an empty
                                                           folder, where its first cell clones the
@@ -84,4 +84,5 @@ def main(paths, alone=False):
 
 if __name__ == "__main__":
     named = [pathlib.Path(name) for name in sys.argv[1:] if name != "--alone"]
-    main(named or sorted(ROOT.glob("*.ipynb")), "--alone" in sys.argv)
+    course = sorted(ROOT.glob("*.ipynb"), reverse=True)  # the second uses what the first trained
+    main(named or course, "--alone" in sys.argv)
