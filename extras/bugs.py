@@ -224,19 +224,19 @@ PANELS = [("loss", ["loss"], None), ("gradient norm", ["grad_norm"], None),
 def figure(found, letters):
     """Curves of cases over those of the sound run, a row each; found: what results/bugs.json holds.
 
-    Each seed has a line.
+    The line of the first seed is thick, those of the others are thin.
     """
     size = 1.75 * len(PANELS), 1.2 * len(letters) + 0.8
-    drawn = Figure(figsize=size, dpi=100, layout="constrained")
+    drawn = Figure(figsize=size, layout="constrained")
     axes = drawn.subplots(len(letters), len(PANELS), squeeze=False, sharex=True)
     for letter, row in zip(letters, axes):
         for panel, (_, names, limits) in zip(row, PANELS):
             values = []
             for case, color in (("sound", COLORS[7]), (CASES[letter], COLORS[5])):
-                for seed in found["runs"][CASES[letter]]:  # those that the case has
-                    run = found["runs"][case][seed]
+                for number, seed in enumerate(found["runs"][CASES[letter]]):
+                    run, width = found["runs"][case][seed], 0.8 if number else 1.6
                     for name, style in zip(names, ("-", ":")):
-                        panel.plot(run["step"], run[name], style, color=color, linewidth=1.2)
+                        panel.plot(run["step"], run[name], style, color=color, linewidth=width)
                         values += [value for value in run[name] if value]
             if limits is None:
                 panel.set_yscale("log")

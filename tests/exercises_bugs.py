@@ -26,9 +26,9 @@ SIGNS = {
         "else stays as it is (AdamW divides by the gradient's size)",
         "the size of the loss and of the gradient norm"),
     "schedule in batches": (
-        "kNN, loss and rank leave the sound run's from the start, because the warmup is four "
-        "times too long and the learning rate never falls; in so short a run kNN is even higher",
-        "kNN, the gradient norm and the first dip of the loss"),
+        "loss, gradient norm and rank leave the sound run's, because the warmup is four times too "
+        "long and the learning rate never falls; kNN is not worse for it",
+        "the gradient norm, higher at the end, and the first dip of the loss"),
     "EMA before the step": (
         "all curves stay close to the sound run's: the target is one step late",
         "the tests: no curve shows it"),
@@ -41,12 +41,12 @@ SIGNS = {
         "deviation, rank and loss at the first measurements"),
     "inverted mask": (
         "the predictor is never better than the mean of the place, for it sees nothing of the "
-        "image, and deviation and rank sink slowly",
-        "the two cosines, which stay together, and the slow fall of deviation"),
+        "image, and kNN stays where it began",
+        "the two cosines, which stay together from first to last, and kNN"),
     "leaking patches": (
-        "the predictor leaves the mean of the place early and by far, because it is shown some of "
-        "the answers, and the loss ends lower than the sound run's",
-        "the gap between the two cosines, and the early rise and later fall of the rank"),
+        "the predictor leaves the mean of the place early, because it is shown some of the "
+        "answers; later the loss falls far below the sound run's, and deviation and rank with it",
+        "the gap between the cosines after a few hundred steps, and deviation and rank at the end"),
     "no positions in the predictor": (
         "the predictor stays *below* the mean of the place: it cannot know which place it is asked "
         "about",

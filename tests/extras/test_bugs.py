@@ -48,6 +48,38 @@ def test_the_runs_are_those_of_the_results_file_and_are_drawn(monkeypatch, tmp_p
     assert len(axes[0].lines) == 2 and len(axes[5].lines) == 4
 
 
+def test_the_curves_are_as_the_notebook_says():
+    runs = json.loads(bugs.PLACE.read_text())["runs"]
+    sound, measures = runs["sound"], ("knn", "target_std", "rank", "cosine")
+
+    def difference(one, other, name):
+        return max(abs(a - b) for a, b in zip(one[name], other[name]))
+
+    def gap(run):  # of the predictor over the mean of the place
+        return [a - b for a, b in zip(run["cosine"], run["mean_cosine"])]
+
+    for seed in map(str, bugs.SEEDS):
+        for name in ("EMA before the step", "targets not layer-normed", "decayed norms"):
+            for measure in measures:  # less than half of what another seed changes
+                assert (difference(runs[name][seed], sound[seed], measure)
+                        < difference(sound["0"], sound["1"], measure) / 2), (name, measure)
+        def of(name, seed=seed):
+            return runs[name][seed]
+
+        assert min(of("sum for mean")["loss"][1:]) > 10_000 * max(sound[seed]["loss"][1:])
+        assert of("schedule in batches")["grad_norm"][-1] > sound[seed]["grad_norm"][-1]
+        assert max(of("gradient into the target")["target_std"][1:]) < 0.1
+        assert max(of("inverted mask")["knn"]) < 0.16 and max(gap(of("inverted mask"))) < 0.001
+        assert max(gap(of("no positions in the predictor"))) < 0
+        leak = of("leaking patches")
+        assert gap(leak)[3] > gap(sound[seed])[3] + 0.03
+        assert leak["loss"][-1] < sound[seed]["loss"][-1] / 2
+        assert leak["target_std"][-1] < sound[seed]["target_std"][-1] - 0.2
+        chosen = of("test set selects")
+        assert all(a >= b for a, b in zip(chosen["knn"], sound[seed]["knn"]))
+        assert all(chosen[name] == sound[seed][name] for name in chosen if name != "knn")
+
+
 def test_every_letter_is_another_bug():
     assert sorted(bugs.CASES.values()) == sorted(bugs.BUGS) == sorted(exercises_bugs.SIGNS)
     assert list(bugs.CASES.values()) != list(bugs.BUGS) and "".join(bugs.CASES) == "ABCDEFGHIJ"
