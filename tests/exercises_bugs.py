@@ -84,7 +84,7 @@ def check_diagnosis(diagnosis):
             there = SIGNS[bugs.CASES[letter]][1]
             said.append(f"{letter} is not '{name}': with that bug {SIGNS[name][0]}. In {letter} "
                         f"look at {there}")
-    yield "all ten cases are named", len(right) == len(bugs.CASES), "\n".join(said)
+    yield "every case has the name of its bug", len(right) == len(bugs.CASES), "\n".join(said)
 
 
 # --- a test that settles each ---------------------------------------------------------------------

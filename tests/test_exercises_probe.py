@@ -258,8 +258,11 @@ WRONG = [
     ("attentive_pool", lambda tokens, query: tokens.mean(1), "great length"),
     ("attentive_pool", lambda tokens, query: pool(tokens, (tokens @ query).softmax(1)), "divided"),
     ("attentive_pool", lambda tokens, query: attentive_pool(tokens, query.detach()), "gradient"),
-    ("needed", lambda counts, accuracies, wanted: max(counts), "the *smallest* count"),
+    ("needed", lambda counts, accuracies, wanted: max(counts), "exactly reached"),
     ("needed", needed_strictly, "exactly reached"),
+    ("needed", lambda counts, accuracies, wanted: [*counts, math.inf][
+        max(i for i, a in enumerate([0, *accuracies]) if a < wanted)],
+     "the *smallest* count"),
     ("needed", needed_or_last, "math.inf"),
     ("confused", lambda labels, predictions, K: confused(predictions, labels, K), "a row is"),
     ("confused", confused_without_empty_classes, "K x K"),
