@@ -15,6 +15,7 @@ sketches, P = C*p*p numbers in a patch, M = 1 block.
 """
 
 import math
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -144,6 +145,7 @@ class Subject:
         self.dataset = data.load(config.dataset, config.split, config.data_dir, config.image_size)
         self.kept, self.held = train.hold_out(config, len(self.dataset))
         self.config, self.device, self.kinds = config, torch.device(device), kinds
+        self.folder = Path(folder)
 
     def images(self, numbers):
         """Normalised images, without crop or flip: float [B, C, H, W]."""

@@ -27,9 +27,9 @@ from config import UsageError, check
 from extras.figures import frame
 from extras.sketcher import Subject, block_feature, build, draw, fit, paste
 from models import patchify, take
-from predict_and_visualize import rgb, to_pixels
+from predict_and_visualize import rgb, save, to_pixels
 from support import command_line
-from support.plots import save_figure, table
+from support.plots import table
 from support.results import provenance, write_json
 
 
@@ -86,10 +86,10 @@ def sketch_figure(sketcher, subject, images, masks, count=8, title=""):
     mean (one step), and a sketch of each control."""
     grid, p = subject.masking.grid, sketcher.patch_size
     controls = [kind for kind in [*sketcher.conditions, "shuffled"] if kind != "predicted"]
-    drawn = sketches(sketcher, subject, images, masks, {"predicted": count})
+    counts = {"predicted": count, **dict.fromkeys(controls, 1)}
+    drawn = sketches(sketcher, subject, images, masks, counts)
     mean = sketches(sketcher, subject, images, masks, {"predicted": 1}, steps=1)
-    drawn |= {"their mean": mean["predicted"],
-              **sketches(sketcher, subject, images, masks, dict.fromkeys(controls, 1))}
+    drawn = {"predicted": drawn.pop("predicted"), "their mean": mean["predicted"], **drawn}
     context, block = masks.maps(math.prod(grid))  # [B, N], [B, 1, N]
     pictures = rgb(images, subject.dataset)
     seen = to_pixels(context, grid, p)[:, None]  # [B, 1, H, W]
@@ -141,9 +141,7 @@ def main(argv=None):
     write_json(args.run / "sketches.json", results)
     title = f"run {args.run.resolve().name}: what its predictor imagines in the frame"
     figure = sketch_figure(sketcher, subject, images[:6], masks[:6], title=title)
-    (args.run / "figures").mkdir(exist_ok=True)
-    save_figure(figure, args.run / "figures" / "sketches.png")
-    print(args.run / "figures" / "sketches.png")
+    save(subject, [("sketches", figure)])
 
 
 if __name__ == "__main__":

@@ -64,6 +64,7 @@ function drawAnswer() {
 
 /** Sketch the hidden block anew, from the prediction alone. */
 async function drawSketches() {
+  await waiting; // the answer to what is asked now
   const { answer, block } = state;
   const drawn = await sketch(block, answer.condition, SKETCHES);
   if (answer !== state.answer) return; // the question has changed meanwhile
