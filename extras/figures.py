@@ -6,6 +6,7 @@
 Notation, `images` and `pictures` as in predict_and_visualize.py. Volumes are drawn by slices.
 """
 
+import base64
 import itertools
 import json
 import math
@@ -73,8 +74,11 @@ class Diagram:
             text = text.replace(f'id="{name}"', f'id="{name}" opacity="0.25"')
         self.parts, self.text = parts, text
 
-    def _repr_svg_(self):
-        return self.text
+    def _repr_html_(self):
+        """An image of its own: JupyterLab shows it, unlike plain SVG, before a notebook is trusted.
+        """
+        data = base64.b64encode(self.text.encode()).decode()
+        return f'<img alt="{self}" width="800" src="data:image/svg+xml;base64,{data}">'
 
     def __repr__(self):
         return f"diagram of I-JEPA: {', '.join(self.parts) or 'from an image to the loss'}"

@@ -219,6 +219,12 @@ def check_answer_all(answer_all):
            bool(found.isfinite().all()),
            "NaN comes from a token that may attend to nothing: is the mask inverted?")
     padding = ~masks.context_valid[..., None]
+    other = context.clone()
+    other[1:] += torch.randn(4)
+    yield ("the answers about an image come from its own context",
+           equal(answer_all(predictor, other, masks)[0][real[0]], found[0][real[0]], 1e-4),
+           "image 0's answers changed with the context of the others: row b * M + m of the batch "
+           "needs the context of image b, as from repeat_interleave(M, 0), not from repeat")
     other = answer_all(predictor, torch.where(padding, context, context + torch.randn(4)), masks)
     yield ("the answers depend on the context",
            not equal(other[real], found[real], 1e-3),
@@ -377,18 +383,22 @@ def check_has_collapsed(has_collapsed):
     """The alarm: constant and one-directional features, healthy ones of any size."""
     torch.manual_seed(0)
     healthy, constant = torch.randn(256, 32), torch.randn(32).expand(256, -1)
-    yield ("one vector for all images is a collapse",
-           bool(has_collapsed(constant)),
-           "its rank is 1")
+    noisy, line = constant + 1e-3 * healthy, torch.randn(256, 1) * constant
+
+    def rank(features):
+        return f"diagnostics.rankme gives {diagnostics.rankme(features):.2f} of 32"
+
+    yield "one vector for all images is a collapse", bool(has_collapsed(constant)), rank(constant)
     yield ("so is one vector with a little noise",
-           bool(has_collapsed(constant + 1e-3 * healthy)),
-           "its effective rank is near 1")
+           bool(has_collapsed(noisy)),
+           f"{rank(noisy)}; do not subtract the mean: only the noise would be left, of rank "
+           f"{diagnostics.rankme(noisy - noisy.mean(0)):.0f}")
     yield ("so are features that differ in one direction only",
-           bool(has_collapsed(torch.randn(256, 1) * constant)),
-           "their rank is 1, although they differ between images")
+           bool(has_collapsed(line)),
+           f"{rank(line)}, although they differ between images")
     yield ("random features have not collapsed",
            not has_collapsed(healthy),
-           f"their effective rank is {diagnostics.rankme(healthy):.0f} of 32")
+           rank(healthy))
     yield ("nor have small ones",
            not has_collapsed(1e-3 * healthy),
            "scale is no sign of collapse: use shares, not sizes")
@@ -402,11 +412,77 @@ def sizes(model):
     return torch.stack([p.detach().std(correction=0) for p in model.parameters()])
 
 
+# Parts of all blocks that are left out, and where to look if that much is not the modules'.
+STAGES = {
+    "target_encoder": {
+        ("attention", "MLP"): "patches (channels first), positions, last norm (eps=1e-6)",
+        ("MLP",): "attention: of the first norm, scores over the square root of the width, added "
+                  "to what came in",
+        (): "the MLP: of the second norm, GELU between its layers, added to what came in"},
+    "predictor": {
+        ("attention", "MLP"): "mask token plus position of the target, norm, output layer; the "
+                              "answers are the last Nt tokens",
+        ("MLP",): "who attends to what: context tokens, embedded and with their positions, joined "
+                  "with the questions; padding is left out",
+        (): "the MLP is as the encoder's"}}
+LAST = {"attention": "attention.project", "MLP": "mlp.2"}  # the layer that ends a part
+
+
+def without(parts, *models_):
+    """Copies of models, ordered like the modules', in whose blocks some parts give 0."""
+    names = [name for name, _ in models_[-1].named_parameters()]
+    copies = copy.deepcopy(models_)
+    with torch.no_grad():
+        for model in copies:
+            for name, p in zip(names, model.parameters()):
+                if any(LAST[part] in name for part in parts):
+                    p.zero_()
+    return copies
+
+
+def names_of(parts):
+    return f", without {' and '.join(parts)}" if parts else ""
+
+
+def sampled_alike(mine, theirs):
+    """Properties of two samplers' maps of context and targets, each bool [n, 36], n = 4000.
+
+    The limits are 4 to 6 standard errors of the difference.
+    """
+    (context, targets), (their_context, their_targets) = mine, theirs
+    often, right = targets.float().mean(0), their_targets.float().mean(0)  # [N]
+    yield ("every patch is a target in some image", bool((often > 0).all()),
+           "the last place of a corner is included: H - h + 1 places")
+    sizes = [maps.sum(1) for maps in (targets, their_targets)]
+    shares = [torch.bincount(size, minlength=37).cumsum(0) / len(size) for size in sizes]
+    yield ("the blocks hide as many patches as the modules'",
+           bool(((shares[0] - shares[1]).abs() < 0.05).all()),
+           "an image has {:.1f} targets (deviation {:.1f}), with the modules {:.1f} ({:.1f}): "
+           "four blocks, each of an area drawn uniformly from .15 to .2 of the grid".format(
+               *(f(size.float()).item() for size in sizes for f in (torch.mean, torch.std))))
+    beside = [(grid[:, :, 1:] & grid[:, :, :-1]).sum((1, 2)).float().mean().item()
+              for grid in (maps.view(-1, 6, 6) for maps in (targets, their_targets))]
+    yield ("the blocks are as wide and as high as the modules'",
+           abs(beside[0] - beside[1]) < 0.22,
+           f"an image has {beside[0]:.1f} pairs of targets side by side, with the modules "
+           f"{beside[1]:.1f}: aspect is height over width, a random number of its own, drawn "
+           "uniformly from .75 to 1.5")
+    yield ("patches are targets as often as the modules'",
+           bool(((often - right).abs() < 0.06).all()),
+           "every place of the corner is as likely as any other")
+    kept, right = context.float().mean(0), their_context.float().mean(0)
+    yield ("patches are context as often as the modules'",
+           bool(((kept - right).abs() < 0.06).all()),
+           f"patch 0 is kept in {kept[0]:.0%} of the images, with the modules in {right[0]:.0%}: "
+           "draw the 12 at random from those that are left")
+
+
 @exercise
 def check_whole(whole):
     """The capstone against the modules: weights, masks, targets, predictions, loss, one step."""
     torch.manual_seed(0)
     model, draw_masks, train_step = whole()
+    whole.last = ""  # three objects: nothing to be read off
     config = settings.from_preset("shapes", precision="fp32")
     reference, masking = train.build(config)
     shapes = [[list(p.shape) for p in m.parameters()] for m in (model, reference)]
@@ -428,39 +504,37 @@ def check_whole(whole):
            equal(flat(model.target_encoder), flat(model.context_encoder)),
            "copy it after the weights are drawn")
 
-    masks, theirs = draw_masks(500, seeded()), masking(500, seeded())
+    masks, theirs = draw_masks(4000, seeded()), masking(4000, seeded())
     context, targets = masks.maps(36)
     yield ("no context patch is a target",
            not (context & targets.any(1)).any(),
            "take the targets away from the context")
     yield ("12 different context patches are kept, none of them padding",
-           masks.context.shape == (500, 12) and bool((context.sum(1) == 12).all()),
+           masks.context.shape == (4000, 12) and bool((context.sum(1) == 12).all()),
            "context is [B, 12], context_valid is True everywhere")
     yield ("the blocks of an image are one list, without doubles",
            targets.shape[1] == 1 and equal(targets.sum(-1), masks.targets_valid.sum(-1)),
            "targets is [B, 1, Nt], the union of the blocks; targets_valid is True where it is real")
-    often, right = (part.any(1).float().mean(0) for part in (targets, theirs.maps(36)[1]))  # [N]
-    yield ("every patch is a target in some image", bool((often > 0).all()),
-           "the last place of a corner is included: H - h + 1 places")
-    yield ("patches are targets as often as with the modules' sampler",
-           bool(((often - right).abs() < 0.15).all()),  # 4.7 standard errors of the difference
-           "look at scale, aspect, and the rule for too little context")
+    their_context, their_targets = theirs.maps(36)
+    yield from sampled_alike((context, targets.any(1)), (their_context, their_targets.any(1)))
 
     with torch.no_grad():
         for mine, right in zip(model.parameters(), reference.parameters()):
             mine.copy_(right + 0.02 * torch.randn_like(right))  # no bias is 0
             right.copy_(mine)
     images, masks = torch.randn(8, 3, 24, 24, generator=seeded(1)), masking(8, seeded(2))
+    for parts, right in STAGES["target_encoder"].items():
+        mine, theirs = (m.target_encoder(images) for m in without(parts, model, reference))
+        yield (f"the target encoder gives the modules' tokens{names_of(parts)}",
+               equal(mine, theirs), right)
     output, expected, real = model(images, masks), reference(images, masks), masks.targets_valid
-    yield ("the target encoder gives the modules' tokens",
-           equal(model.target_encoder(images), expected.tokens),
-           "patches (channels first), positions, blocks, norm, for all 36 patches")
     yield ("the targets are the modules'",
            equal(output.targets[real], expected.targets[real]),
            "encode the whole image, layer-norm each token, then take the targets")
-    yield ("the predictions are the modules'",
-           equal(output.predictions[real], expected.predictions[real]),
-           "context tokens and questions, each with its position; look at the mask")
+    for parts, right in STAGES["predictor"].items():
+        mine, theirs = (m(images, masks).predictions[real]
+                        for m in without(parts, model, reference))
+        yield f"the predictions are the modules'{names_of(parts)}", equal(mine, theirs), right
     yield ("the loss is the modules'",
            equal(output.loss, expected.loss),
            f"{expected.loss:.5f}: smooth L1, the mean over the width and the *real* targets")
@@ -483,7 +557,9 @@ def check_whole(whole):
     yield ("after a step context encoder and predictor are the modules'",
            same("context_encoder", "predictor"), "backward, then optimizer.step")
     yield ("after a step the target encoder is the modules'",
-           same("target_encoder"), "the EMA of the *new* weights: after the optimizer's step")
+           same("target_encoder"),
+           "target = momentum * target + (1 - momentum) * context, of the *new* weights: after the "
+           "optimizer's step")
     both_step(4)
     yield ("so it is after a second step",
            same("context_encoder", "predictor", "target_encoder"),

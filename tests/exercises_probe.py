@@ -214,6 +214,13 @@ def check_choose_k(choose_k):
     yield ("where images come in pairs of one class, one neighbour is best",
            choose_k(pairs, of_pairs, (1, 15)) == 1,
            "each k's accuracy is how often the vote of an image's k nearest others is right")
+    group = torch.arange(80) % 8  # eight tight groups of ten, a fifth of the labels wrong
+    groups = F.normalize(torch.randn(80, 8, generator=seeded(2)) + 16 * F.one_hot(group, 8), dim=1)
+    flipped = torch.rand(80, generator=seeded(5)) < 0.2
+    yield ("nearer neighbours weigh more, so that far ones do no harm",
+           choose_k(groups, (group + flipped) % 2, (1, 40)) == 40,
+           "each of the k votes with weight exp(cosine / 0.07): of 40 neighbours the 9 near ones "
+           "decide, and they are right more often than the nearest alone")
     yield ("the order of the ks does not matter",
            choose_k(pairs, of_pairs, (15, 1)) == 1,
            "compare the accuracies, and return the k of the highest")
@@ -294,6 +301,11 @@ def check_attentive_pool(attentive_pool):
     yield ("3 images give one feature of 4 numbers each, [3, 4]",
            found.shape == (3, 4),
            "sum the weighted tokens over the N patches, dimension 1")
+    same = attentive_pool(tokens[:, :1].expand(-1, 9, -1), query)
+    yield ("where all patches are alike, the feature is that patch",
+           equal(same, tokens[:, 0]),
+           "the weights of an image sum to one: the softmax over its patches, dimension 1, then "
+           "the *sum* of the weighted tokens")
     yield ("a query of zeros gives the mean over the patches",
            equal(attentive_pool(tokens, torch.zeros(4)), tokens.mean(1)),
            "all scores are 0, so every patch weighs 1/N: take the softmax over the patches, "
@@ -301,10 +313,6 @@ def check_attentive_pool(attentive_pool):
     yield ("the feature of an image does not depend on the others in its batch",
            equal(attentive_pool(tokens[:1], query), found[:1]),
            "take the softmax over the patches of each image")
-    same = attentive_pool(tokens[:, :1].expand(-1, 9, -1), query)
-    yield ("where all patches are alike, the feature is that patch",
-           equal(same, tokens[:, 0]),
-           "the weights of an image sum to one")
     best = (tokens @ query).argmax(1)
     yield ("a query of great length picks the patch that fits it best",
            equal(attentive_pool(tokens, 1e4 * query), tokens[torch.arange(3), best]),

@@ -155,14 +155,15 @@ def knn_of_the_batch(train_x, train_y, test_x, k, temperature):
     return knn_classes(train_x, train_y, moved, k, temperature)
 
 
-def choose_k(x, y, ks, itself=-math.inf, normalise=True):
+def choose_k(x, y, ks, itself=-math.inf, normalise=True, temperature=0.07):
     unit = F.normalize(x, dim=1) if normalise else x
     cosine = unit @ unit.T
     cosine.fill_diagonal_(itself)
     right = {}
     for k in ks:
         near, who = cosine.topk(k, dim=1)
-        votes = torch.zeros(len(x), int(y.max()) + 1).scatter_add_(1, y[who], (near / 0.07).exp())
+        votes = torch.zeros(len(x), int(y.max()) + 1)
+        votes.scatter_add_(1, y[who], (near / temperature).exp())
         right[k] = (votes.argmax(1) == y).sum().item()
     return max(right, key=right.get)
 
@@ -251,9 +252,12 @@ WRONG = [
     ("choose_k", lambda x, y, ks: max(ks), "one neighbour is best"),
     ("choose_k", lambda x, y, ks: 0.9, "one of the ks"),
     ("choose_k", lambda x, y, ks: choose_k(x, y, ks, normalise=False), "length"),
+    ("choose_k", lambda x, y, ks: choose_k(x, y, ks, temperature=1e6), "weigh more"),
     ("attentive_pool", lambda tokens, query: tokens @ query, "[3, 4]"),
     ("attentive_pool", lambda tokens, query: pool(tokens, (tokens @ query / 2).softmax(0)),
-     "query of zeros"),
+     "alike"),
+    ("attentive_pool", lambda tokens, query: attentive_pool(tokens, query) / 9, "alike"),
+    ("attentive_pool", lambda tokens, query: attentive_pool(tokens, query + 1), "query of zeros"),
     ("attentive_pool", lambda tokens, query: pool(tokens, tokens @ query / 9 + 1 / 9), "alike"),
     ("attentive_pool", lambda tokens, query: tokens.mean(1), "great length"),
     ("attentive_pool", lambda tokens, query: pool(tokens, (tokens @ query).softmax(1)), "divided"),

@@ -1,6 +1,7 @@
 """Claims about the other figures: what they compute is right, what is drawn is what was computed,
 and a run gets all that it allows."""
 
+import base64
 import json
 import re
 
@@ -270,7 +271,7 @@ def test_ablations_are_differences_to_the_first_row_seed_by_seed():
 
 
 def test_the_diagram_fades_all_parts_but_those_named_and_changes_no_other_picture_on_its_page():
-    whole, part = (figures.Diagram(*parts)._repr_svg_() for parts in ((), ("loss", "targets")))
+    whole, part = (figures.Diagram(*parts).text for parts in ((), ("loss", "targets")))
     ids, faded = (set(re.findall(r'<g class="part" id="([\w-]+)"' + end, part))
                   for end in ("", ' opacity="0.25"'))
     assert faded == ids - {"loss", "targets"} and len(ids) == 12
@@ -281,6 +282,14 @@ def test_the_diagram_fades_all_parts_but_those_named_and_changes_no_other_pictur
     assert "<script" not in whole and len(whole) < 10_000
     with pytest.raises(UsageError, match="predictor"):
         figures.Diagram("predicter")
+
+
+def test_a_notebook_shows_the_diagram_as_an_image_with_a_text_for_those_who_cannot_see_it():
+    diagram = figures.Diagram("loss")
+    alt, data = re.fullmatch(
+        r'<img alt="([^"]+)" width="\d+" src="data:image/svg\+xml;base64,(.+)">',
+        diagram._repr_html_()).groups()
+    assert alt == "diagram of I-JEPA: loss" and base64.b64decode(data).decode() == diagram.text
 
 
 def test_names_of_classes_are_shown_as_they_are(tmp_path):
