@@ -1,7 +1,7 @@
-"""Images in, batches out: `load` gives an ImageDataset, `batches` normalised images on the device.
+"""Images in, batches out: `load` gives an ImageDataset, `batches` normalized images on the device.
 
 Images stay in memory as uint8; a batch at a time is moved to the device, where all its images are
-normalised, cropped and flipped at once. A small data set then needs no loader processes. Every
+normalized, cropped and flipped at once. A small data set then needs no loader processes. Every
 random number comes from one generator on the CPU: crops are the same on every device.
 Notation: B images in a batch, n in a data set, C channels, H W pixels.
 """
@@ -106,7 +106,7 @@ def load(name, split="train", data_dir="data", image_size=None):
 # --- a batch, on its device -----------------------------------------------------------------------
 
 
-def normalise(images, mean, std):
+def normalize(images, mean, std):
     """uint8 images [B, C, ...] -> float32, pixels scaled to 0..1, then (pixel - mean) / std."""
     shape = (1, -1) + (1,) * (images.ndim - 2)
     mean, std = torch.tensor([mean, std]).to(images.device, non_blocking=True)  # [C], [C]
@@ -127,7 +127,7 @@ TRIES = 10  # boxes drawn for each crop; the first that fits into the image is t
 
 
 def crop_boxes(draws, scale, shape, aspect=(3 / 4, 4 / 3)):
-    """Boxes of random resized crops: half sides and centres, each [B, 2] as (x, y).
+    """Boxes of random resized crops: half sides and centers, each [B, 2] as (x, y).
 
     Coordinates are affine_grid's, in which the image reaches from -1 to 1: a half side is also the
     box's fraction of the image's side. The area is uniform in `scale`, width / height in pixels
@@ -153,8 +153,8 @@ def random_resized_crop(images, size, scale, draws):
 
     scale: the range of the box's area, a fraction of the image's; draws as in `crop_boxes`.
     """
-    half, centre = crop_boxes(draws, scale, images.shape[2:])  # [B, axes]
-    theta = torch.cat([torch.diag_embed(half), centre[..., None]], dim=-1)  # [B, axes, axes + 1]
+    half, center = crop_boxes(draws, scale, images.shape[2:])  # [B, axes]
+    theta = torch.cat([torch.diag_embed(half), center[..., None]], dim=-1)  # [B, axes, axes + 1]
     # grid_sample reads single points, so it must not shrink: sample at the image's own resolution.
     size = (size,) * half.shape[1] if isinstance(size, int) else tuple(size)
     fine = [max(pair) for pair in zip(size, images.shape[2:])]
@@ -166,7 +166,7 @@ def random_resized_crop(images, size, scale, draws):
 
 def batches(dataset, batch_size, image_size, device="cpu", order=None, generator=None,
             crop_scale=(1.0, 1.0), flip=False, workers=8, share=(0, 1)):
-    """Iterate over normalised float32 images [B, C, H, W] on the device; the last may be fewer.
+    """Iterate over normalized float32 images [B, C, H, W] on the device; the last may be fewer.
 
     order: image numbers, int64 (None: all, in order). image_size: pixels. Without a generator (on
     the CPU) images are only resized; with one, each is cropped to an area in crop_scale, unless
@@ -186,7 +186,7 @@ def batches(dataset, batch_size, image_size, device="cpu", order=None, generator
     # Apple's GPUs lack some of these kernels (torch 2.6), and copies to them must be waited for.
     place = "cpu" if torch.device(device).type == "mps" else device
     for images, part, row in zip(stored, parts, rows):
-        images = normalise(images.to(place, non_blocking=True), dataset.mean, dataset.std)
+        images = normalize(images.to(place, non_blocking=True), dataset.mean, dataset.std)
         if generator is None or not (cropped or flip):
             yield resize(images, image_size).to(device)
             continue

@@ -53,7 +53,7 @@ def knn(train_x, train_y, test_x, test_y, k=20, temperature=0.07):
     train_x, correct = F.normalize(train_x.float(), dim=1), 0
     classes = int(max(train_y.max(), test_y.max())) + 1
     for x, y in zip(test_x.split(1024), test_y.split(1024)):  # m x n cosines would not fit
-        with torch.autocast(x.device.type, enabled=False):  # in bf16 many neighbours would tie
+        with torch.autocast(x.device.type, enabled=False):  # in bf16 many neighbors would tie
             cosine = F.normalize(x.float(), dim=1) @ train_x.T  # [B, n]
             cosine, nearest = cosine.topk(min(k, len(train_x)), dim=1)  # [B, k]
         votes = torch.zeros(len(x), classes, device=x.device)  # [B, classes]
@@ -66,12 +66,12 @@ def knn(train_x, train_y, test_x, test_y, k=20, temperature=0.07):
 
 
 @torch.no_grad()
-def measure(model, masking, images, labelled=None, batch_size=128):
-    """Measure a model on normalised images [n, C, H, W] not trained on: a dict of floats.
+def measure(model, masking, images, labeled=None, batch_size=128):
+    """Measure a model on normalized images [n, C, H, W] not trained on: a dict of floats.
 
     target_std, rank: of the target encoder's features. cosine: between predictions and targets,
     next to mean_cosine, what the *mean target of that place* would reach without looking at the
-    image. knn, if labelled is (bank images, their labels, query images, their labels).
+    image. knn, if labeled is (bank images, their labels, query images, their labels).
     The masks are the same at every call. The model's mode is left as it was.
     """
     was_training, generator = model.training, torch.Generator().manual_seed(0)
@@ -94,8 +94,8 @@ def measure(model, masking, images, labelled=None, batch_size=128):
         total.index_add_(0, places, targets)  # its direction is that of the mean target of a place
         found["cosine"] = F.cosine_similarity(predictions, targets, dim=-1).mean().item()
         found["mean_cosine"] = F.cosine_similarity(total[places], targets, dim=-1).mean().item()
-    if labelled is not None:
-        bank, bank_labels, queries, labels = labelled
+    if labeled is not None:
+        bank, bank_labels, queries, labels = labeled
         bank, queries = (pool(model.target_encoder, part, batch_size) for part in (bank, queries))
         found["knn"] = knn(bank, bank_labels, queries, labels)
     model.train(was_training)
@@ -131,18 +131,18 @@ class Monitor:
 
     dataset: an ImageDataset; kept, held: the numbers of the images trained on and held out. kNN
     votes among 1,000 of the kept images; for data trained on without labels (STL-10's), within
-    `labelled`, an ImageDataset with labels.
+    `labeled`, an ImageDataset with labels.
     """
 
-    def __init__(self, dataset, kept, held, image_size, labelled=None):
+    def __init__(self, dataset, kept, held, image_size, labeled=None):
         self.held = dataset.subset(held).in_memory()
         self.image_size, self.bank, self.queries = image_size, None, None
         if dataset.labels is not None:
             self.bank, self.queries = dataset.subset(kept[:1000]).in_memory(), self.held
-        elif labelled is not None:
-            order = torch.randperm(len(labelled), generator=torch.Generator().manual_seed(0))
-            self.bank, self.queries = (labelled.subset(order[:1000]).in_memory(),
-                                       labelled.subset(order[1000:1500]).in_memory())
+        elif labeled is not None:
+            order = torch.randperm(len(labeled), generator=torch.Generator().manual_seed(0))
+            self.bank, self.queries = (labeled.subset(order[:1000]).in_memory(),
+                                       labeled.subset(order[1000:1500]).in_memory())
         self.before, self.reported = None, set()
 
     def __call__(self, model, masking, progress, device):
@@ -151,11 +151,11 @@ class Monitor:
         def images(dataset):
             return torch.cat(list(data.batches(dataset, 128, self.image_size, device)))
 
-        labelled = None
+        labeled = None
         if self.bank is not None:
-            labelled = (images(self.bank), self.bank.labels.to(device),
+            labeled = (images(self.bank), self.bank.labels.to(device),
                         images(self.queries), self.queries.labels.to(device))
-        found = measure(model, masking, images(self.held), labelled)
+        found = measure(model, masking, images(self.held), labeled)
         self.before = self.before or found
         new = warnings(found, self.before, progress)
         new = {kind: text for kind, text in new.items() if kind not in self.reported}

@@ -57,7 +57,7 @@ def features(encoder, dataset, image_size, device="cpu", batch_size=None, quiet=
 
 
 def pixels(dataset, image_size):
-    """The normalised pixels as features, float32 [n, C*H*W]: what there is without an encoder.
+    """The normalized pixels as features, float32 [n, C*H*W]: what there is without an encoder.
 
     Images are shrunk to 32 pixels a side where larger, volumes to 16.
     """
@@ -101,7 +101,7 @@ def held_out(labels, seed):
 # --- the linear probe -----------------------------------------------------------------------------
 
 
-def standardise(train_x, test_x):
+def standardize(train_x, test_x):
     """Features [n, D] and [m, D] minus the *training* mean, divided by the training deviation.
 
     This is batch norm without affine parameters in eval mode. A constant feature becomes 0.
@@ -138,7 +138,7 @@ def linear_probe(train_x, train_y, test_x, test_y, seed=0, strengths=STRENGTHS, 
     scikit-learn's L-BFGS has no rate to choose. Raises UsageError as `held_out` does.
     """
     if batch_norm:
-        train_x, test_x = standardise(train_x, test_x)
+        train_x, test_x = standardize(train_x, test_x)
     held = held_out(train_y.cpu(), seed).numpy()  # [n]
     # Large problems take float32, a third of the time: the solver then stops where rounding does,
     # with an objective that is right to 1e-4 and an accuracy to about .1 points.
@@ -226,13 +226,13 @@ def test_images(train_set, about, name, *where):
     except UsageError as error:
         raise UsageError(f"evaluation needs test images: {error}") from None
     if train_set.labels is None or test_set.labels is None:
-        raise UsageError(f"evaluation needs labels, and {name} has none; name labelled data with "
+        raise UsageError(f"evaluation needs labels, and {name} has none; name labeled data with "
                          "--dataset")
     return test_set
 
 
 def compare(encoders, train_set, test_set, image_size, device="cpu", seed=0):
-    """`score` of each encoder of a dict and of "pixels", on two labelled ImageDatasets: a dict."""
+    """`score` of each encoder of a dict and of "pixels", on two labeled ImageDatasets: a dict."""
     held_out(train_set.labels, seed)  # raises now, not after minutes
     found = {}
     for name, encoder in {**encoders, "pixels": None}.items():
@@ -263,7 +263,7 @@ def measure_run(encoders, config, about, args, seed, device):
         held = train.hold_out(config, len(dataset))[1]
         if len(held) < 2:  # one image differs from no other
             raise UsageError(f"{name} has no labels, and too few images to hold some out; name "
-                             "labelled data with --dataset")
+                             "labeled data with --dataset")
         return {"dataset": name, "features": {}}, dataset.subset(held)
     test_set = test_images(train_set, about, name, *where)
     train_set = subsample(train_set, args.train_images, seed)
@@ -310,10 +310,10 @@ def parse(argv):
     """The command line as a namespace."""
     p = command_line.Parser(description="Probe a run's frozen features.")
     p.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
-    p.add_argument("--dataset", help="labelled data, if not what the run was trained on")
+    p.add_argument("--dataset", help="labeled data, if not what the run was trained on")
     p.add_argument("--data-dir", help="folder of the data, if not the run's")
     p.add_argument("--train-images", type=int, default=10_000,
-                   help="labelled training images, as many of each class; 0 is all [10000]")
+                   help="labeled training images, as many of each class; 0 is all [10000]")
     p.add_argument("--test-images", type=int, default=0, help="test images; 0 is all [0]")
     p.add_argument("--seed", type=int, help="seed of the subsets, the held-out images and the "
                    "untrained encoder [the run's]")

@@ -253,7 +253,7 @@ class IJEPA(nn.Module):
         self.target_encoder = copy.deepcopy(encoder).requires_grad_(False)
 
     def forward(self, images, masks):
-        """Normalised images float [B, C, H, W] and their Masks -> Output."""
+        """Normalized images float [B, C, H, W] and their Masks -> Output."""
         targets, tokens = self.make_targets(images, masks)  # [B, M, Nt, D], [B, N, D]
         context = self.context_encoder(images, masks.context, masks.context_valid)  # [B, Nc, D]
         predictions = self.predictor(context, masks)  # [B, M, Nt, D]

@@ -1,11 +1,11 @@
 """What a run looks like: its masks, what its predictor imagines, its curves, its features.
 
-    python predict_and_visualize.py RUN    writes masks, predictor_neighbours, curves and tsne into
+    python predict_and_visualize.py RUN    writes masks, predictor_neighbors, curves and tsne into
                                            RUN/figures
     python -m extras.figures RUN           these and many more
 
 Every figure is a function from tensors to a matplotlib Figure: scripts save it, notebooks show it,
-tests call it. Notation as in models.py; `images` are normalised, float [B, C, H, W], as the encoder
+tests call it. Notation as in models.py; `images` are normalized, float [B, C, H, W], as the encoder
 takes them; `pictures` are the same images for display, float [B, 3, H, W] from 0 to 1.
 """
 
@@ -34,13 +34,13 @@ from support.plots import (class_dots, class_legend, curves_figure, headline, pl
 # --- images for display ---------------------------------------------------------------------------
 
 
-def normalised(dataset, size, device="cpu"):
+def normalized(dataset, size, device="cpu"):
     """All images of an ImageDataset as the encoder takes them: float [B, C, H, W]."""
     return torch.cat(list(data.batches(dataset, 256, size, device)))
 
 
 def rgb(images, dataset):
-    """Normalised images of an ImageDataset as they look: float [B, 3, H, W] from 0 to 1."""
+    """Normalized images of an ImageDataset as they look: float [B, 3, H, W] from 0 to 1."""
     shape = (-1,) + (1,) * (images.ndim - 2)  # a value for each channel
     mean, std = (images.new_tensor(part).view(shape) for part in (dataset.mean, dataset.std))
     pictures = (images * std + mean).clamp(0, 1)
@@ -92,7 +92,7 @@ class Gallery(NamedTuple):
 
 @torch.no_grad()
 def make_gallery(model, images, pictures):
-    """The Gallery of all patches of some images, normalised and as pictures."""
+    """The Gallery of all patches of some images, normalized and as pictures."""
     tokens = torch.cat([model.target_encoder(part) for part in images.split(256)])  # [G, N, D]
     features = F.layer_norm(tokens, tokens.shape[-1:]).flatten(0, 1)  # [G*N, D]
     return Gallery(features, patchify(pictures, model.target_encoder.patch_size).flatten(0, 1))
@@ -120,7 +120,7 @@ def fill(pictures, masks, features, gallery, p):
 
 @torch.no_grad()
 def imagine(model, untrained, images, pictures, masks, gallery):
-    """The columns of `neighbours_figure`: a list of (name, pictures [B, 3, H, W])."""
+    """The columns of `neighbors_figure`: a list of (name, pictures [B, 3, H, W])."""
     encoder, p = model.target_encoder, model.target_encoder.patch_size
     output = model(images, masks)
     context = model.context_encoder(images, masks.context, masks.context_valid)  # [B, Nc, D]
@@ -132,7 +132,7 @@ def imagine(model, untrained, images, pictures, masks, gallery):
     return [("image", pictures), ("context", seen), *filled]
 
 
-def neighbours_figure(model, untrained, images, pictures, masks, gallery, title=""):
+def neighbors_figure(model, untrained, images, pictures, masks, gallery, title=""):
     """What the predictor imagines: hidden patches, filled from a gallery of other images' patches.
 
     In each hidden place stands the patch whose target feature is nearest (cosine) to the predicted
@@ -154,7 +154,7 @@ def arrange(features, start=None, seed=0):
     x = PCA(min(50, *features.shape), random_state=seed).fit_transform(features.numpy())  # [n, 50]
     start = x[:, :2] if start is None else start
     start = 1e-4 * start / max(start[:, 0].std(), 1e-9)  # as init="pca", safe from 0 / 0
-    perplexity = min(30, max(1, (n - 1) / 3))  # neighbours: one at least, below n
+    perplexity = min(30, max(1, (n - 1) / 3))  # neighbors: one at least, below n
     return TSNE(perplexity=perplexity, init=start, angle=0.8, random_state=seed).fit_transform(x)
 
 
@@ -206,9 +206,9 @@ class Run:
         return f"run {self.folder.resolve().name} on {self.images.name}"
 
     def take(self, numbers):
-        """Some of its images: normalised, and as pictures."""
+        """Some of its images: normalized, and as pictures."""
         some = self.images.subset(numbers)
-        images = normalised(some, self.encoder.image_size, self.device)
+        images = normalized(some, self.encoder.image_size, self.device)
         return images, rgb(images, some)
 
     def untrained_predictor(self):
@@ -254,7 +254,7 @@ def predictor_figures(run):
         pictures, masks, run.masking.grid,
         f"{run.what}: what the context encoder sees, and what is to be predicted")
     others = range(run.rows, len(run.images))
-    yield "predictor_neighbours", neighbours_figure(
+    yield "predictor_neighbors", neighbors_figure(
         run.model, run.untrained_predictor(), images, pictures, masks,
         make_gallery(run.model, *run.take(others)),
         f"{run.what}: target blocks, filled with patches of {len(others):,} other images.\n"
@@ -308,7 +308,7 @@ def parse(argv, description):
 def main(argv=None):
     """The command line: write a run's figures into its folder."""
     run = load(parse(argv, "Draw what a run has learned, into RUN/figures."))
-    left_out = "left out masks and predictor_neighbours:"
+    left_out = "left out masks and predictor_neighbors:"
     if run.model is None:
         print(f"{left_out} only I-JEPA predicts features")
     elif run.about["axes"] == 3:

@@ -175,10 +175,10 @@ def monitor(config, dataset, kept, held):
     if there are too few."""
     if len(held) < 32 or not config.measurements or not distributed.is_first():
         return None
-    labelled = None
+    labeled = None
     if config.dataset == "stl10" and dataset.labels is None:
-        labelled = data.load("stl10", "train", config.data_dir)
-    return diagnostics.Monitor(dataset, kept, held, config.image_size, labelled)
+        labeled = data.load("stl10", "train", config.data_dir)
+    return diagnostics.Monitor(dataset, kept, held, config.image_size, labeled)
 
 
 def train(config, model=None, masking=None, dataset=None, resume=False, override=False,

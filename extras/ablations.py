@@ -107,7 +107,7 @@ class NoSafeguards(NoStopGradient):
 
 
 class PixelTargets(IJEPA):
-    """The targets are standardised pixels, as in a masked autoencoder; Output.tokens is None."""
+    """The targets are standardized pixels, as in a masked autoencoder; Output.tokens is None."""
 
     def __init__(self, encoder, predictor, loss="smooth_l1"):
         predictor = predict_pixels(predictor, encoder.patch_embed.project.in_features)

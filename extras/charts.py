@@ -145,7 +145,7 @@ def low_shot_figure(results):
     axes.set_xscale("log")
     axes.set_xticks(x, list(map(str, x)), rotation=45)  # 400 and 500 would touch
     axes.minorticks_off()
-    axes.set(xlabel="labelled images of each class", ylabel="test accuracy, %")
+    axes.set(xlabel="labeled images of each class", ylabel="test accuracy, %")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     legend(figure)

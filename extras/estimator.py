@@ -266,7 +266,7 @@ class IJEPATransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
                           UserWarning, stacklevel=6)  # who calls transform, past its decorators
 
     def _dataset(self, images):
-        """The images with fit's statistics / 255: data.normalise divides pixels by that."""
+        """The images with fit's statistics / 255: data.normalize divides pixels by that."""
         mean, std = (tuple((values / 255).tolist()) for values in (self.mean_, self.std_))
         return data.ImageDataset("array", torch.from_numpy(images), None, None, mean, std)
 

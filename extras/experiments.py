@@ -36,7 +36,7 @@ from support import checkpoint, command_line, shapes
 from support.plots import save_figure
 from support.results import provenance, write_json
 
-FOLDER, LABELS = Path("runs/experiments"), 10_000  # labelled training images of the probes
+FOLDER, LABELS = Path("runs/experiments"), 10_000  # labeled training images of the probes
 RANDOM = "random init"  # the row that scores I-JEPA's encoder before training
 METHODS = {"I-JEPA": "train.py", "MAE": "-m extras.mae", "supervised": "-m extras.supervised"}
 # Rows: name -> program, its flags, and what the paper says (its table, its accuracy).
@@ -221,7 +221,7 @@ class Table:
         write_json(self.path, {**about, "equal_seconds": self.ratios, "rows": rows})
         which = "held-out training images" if args.what == "recipe" else "test images"
         text = (f"`{args.command}`, {about['date'][:10]}; percent, frozen target encoder, "
-                f"{LABELS:,} labelled images, {which}; ± over seeds. {args.note}")
+                f"{LABELS:,} labeled images, {which}; ± over seeds. {args.note}")
         table = markdown(rows, f"{args.what} on {args.preset}", text)
         self.path.with_suffix(".md").write_text(table, encoding="utf-8")
 

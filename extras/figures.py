@@ -228,7 +228,7 @@ def retrieval(model, untrained, images, labels, masks, gallery_images, gallery_l
     """How well predicted features find the right patch, for the trained and an untrained predictor:
     a dict of fractions.
 
-    images [B, C, H, W] normalised with Masks; gallery_images [G, C, H, W] other images. For
+    images [B, C, H, W] normalized with Masks; gallery_images [G, C, H, W] other images. For
     recall@1, 5 and 10 the gallery also holds the queries' own patches, so the true patch can be
     found among `gallery_size`; `median_rank` is its place. class_agreement: how often the nearest
     patch of another image is from an image of the same class (labels None: not measured).
@@ -260,7 +260,7 @@ def retrieval(model, untrained, images, labels, masks, gallery_images, gallery_l
 
 def reconstruction_figure(model, images, masks, dataset, title=""):
     """What a masked autoencoder answers: seen (hidden patches in the mean color), reconstructed,
-    and the image, a row for each of the normalised images of an ImageDataset."""
+    and the image, a row for each of the normalized images of an ImageDataset."""
     seen, answer = mae.reconstruct(model, images, masks)
     columns = [("seen", seen), ("reconstructed", answer), ("image", images)]
     return table([(name, core.rgb(part, dataset)) for name, part in columns], title, side=2)[0]
@@ -271,7 +271,7 @@ def reconstruction_figure(model, images, masks, dataset, title=""):
 
 @torch.no_grad()
 def attention_weights(encoder, images):
-    """How the last block mixes the patches of normalised images: softmax weights [B, nh, N, N],
+    """How the last block mixes the patches of normalized images: softmax weights [B, nh, N, N],
     queries in rows, each summing to 1."""
     attention, inputs = encoder.blocks[-1].attention, []
     # The fused kernel keeps no weights: catch what goes in, and compute them again.
@@ -425,7 +425,7 @@ def recorded_figures(run):
         yield "confusion", confusion_figure(results)
         yield "per_class", per_class_figure(results)
     else:
-        flag = " --dataset LABELLED_DATA" if run.images.labels is None else ""
+        flag = " --dataset LABELED_DATA" if run.images.labels is None else ""
         print(f"left out comparison, confusion and per_class: first run python evaluate.py "
               f"{run.folder}{flag}")
     if results.get("low_shot", {}).get("per_class"):  # empty if the classes are too small
@@ -452,7 +452,7 @@ def main(argv=None):
     run = core.load(core.parse(argv, "Draw everything there is to see of a run, into RUN/figures."))
     generator = torch.Generator().manual_seed(run.seed)
     if run.model is None:
-        print("left out masks, coverage, predictor_neighbours, moving_block and prediction_error: "
+        print("left out masks, coverage, predictor_neighbors, moving_block and prediction_error: "
               "only I-JEPA predicts features")
         core.save(run, decoder_figures(run, generator))
     else:

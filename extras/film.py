@@ -28,13 +28,13 @@ import train
 from config import UsageError
 from extras.figures import as_colors
 from extras.report_pictures import image_tag
-from predict_and_visualize import arrange, images_to_show, normalised, rgb
+from predict_and_visualize import arrange, images_to_show, normalized, rgb
 from support import checkpoint, command_line, distributed
 from support.plots import COLORS
 
 PROGRAM = "-m extras.film"
 FIRST = 25  # optimizer steps until the first moment; each later one is at twice as many
-IMAGES, ROWS, NEAREST = 500, 5, 5  # in a film; with a row of their own; neighbours in a row
+IMAGES, ROWS, NEAREST = 500, 5, 5  # in a film; with a row of their own; neighbors in a row
 SIDE = 48  # pixels of a small image, at most
 
 # --- while training -------------------------------------------------------------------------------
@@ -81,7 +81,7 @@ class Frame(NamedTuple):
 
     colors: torch.Tensor  # [R, 3, *grid]: principal components of the patch tokens, 0 to 1
     places: np.ndarray  # [n, 2]: t-SNE of the pooled features
-    neighbours: torch.Tensor  # [n, NEAREST]: the nearest other images by pooled features
+    neighbors: torch.Tensor  # [n, NEAREST]: the nearest other images by pooled features
 
 
 def encoders_of(folder):
@@ -117,7 +117,7 @@ def frames_of(encoders, images):
     """Step -> Frame for a dict of step -> Encoder, on an ImageDataset of two images or more."""
     shown, tokens, pooled = images.subset(range(min(ROWS, len(images)))), {}, {}
     for step, encoder in encoders.items():
-        tokens[step] = encoder(normalised(shown, encoder.image_size))  # [R, N, D]
+        tokens[step] = encoder(normalized(shown, encoder.image_size))  # [R, N, D]
         pooled[step] = evaluate.features(encoder, images, encoder.image_size)  # [n, D]
     colors, parts = {}, None
     for step, encoder in reversed(encoders.items()):  # the last moment's are not rotated
@@ -201,30 +201,30 @@ def middle(pictures):
 def small(images, numbers):
     """Some images of an ImageDataset to look at, [k, 3, side, side]."""
     some, size = images.subset(numbers), images.images.shape[-1]
-    return data.resize(middle(rgb(normalised(some, size), some)), min(size, SIDE))
+    return data.resize(middle(rgb(normalized(some, size), some)), min(size, SIDE))
 
 
-def agreement(neighbours, labels):
-    """How many of the neighbours [n, k] are of an image's own class, and how many of all others
+def agreement(neighbors, labels):
+    """How many of the neighbors [n, k] are of an image's own class, and how many of all others
     are: two fractions."""
-    own = (labels[neighbours] == labels[:, None]).float().mean().item()
+    own = (labels[neighbors] == labels[:, None]).float().mean().item()
     others = labels.bincount()[labels] - 1  # [n], of each image's class, itself left out
     return own, (others.float().mean() / (len(labels) - 1)).item()
 
 
 def frame_html(step, frame, images):
-    """One moment: a row for each of R images, of the image, its tokens' colors and its neighbours;
+    """One moment: a row for each of R images, of the image, its tokens' colors and its neighbors;
     and the t-SNE of all n."""
     R, labels, says = len(frame.colors), images.labels, ""
-    queries, found = small(images, range(R)), small(images, frame.neighbours[:R].flatten())
+    queries, found = small(images, range(R)), small(images, frame.neighbors[:R].flatten())
     colors = F.interpolate(middle(frame.colors), queries.shape[-2:])  # [R, 3, side, side]
     found = found.unflatten(0, (R, -1))  # [R, NEAREST, 3, side, side]
     cells = torch.cat([queries[:, None], colors[:, None], found], dim=1)
     framed = torch.zeros(cells.shape[:2], dtype=torch.bool)
     if labels is not None:
-        framed[:, 2:] = labels[frame.neighbours[:R]] == labels[:R, None]
-        own, chance = agreement(frame.neighbours, labels)
-        says = (f"Of the {frame.neighbours.shape[1]} nearest of each of {len(labels)} images, "
+        framed[:, 2:] = labels[frame.neighbors[:R]] == labels[:R, None]
+        own, chance = agreement(frame.neighbors, labels)
+        says = (f"Of the {frame.neighbors.shape[1]} nearest of each of {len(labels)} images, "
                 f"{own:.1%} are of its own class; of all other images, {chance:.1%}.")
     when = f"After {step:,} steps" if step else "Before training"
     image = sheet(cells, framed, f"{when}: {R} images, their tokens, and the nearest images")

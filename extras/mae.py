@@ -48,7 +48,7 @@ class RandomMasking:
 
 
 def pixel_targets(images, patch_size):
-    """Every patch's pixels, standardised within the patch: images [B, C, H, W] -> [B, N, P].
+    """Every patch's pixels, standardized within the patch: images [B, C, H, W] -> [B, N, P].
 
     That asks for structure and not for brightness, and gives better features (table 1d).
     """
@@ -110,7 +110,7 @@ def build(config, channels=3, axes=2, mask_ratio=0.75):
 def reconstruct(model, images, masks):
     """What an MAE sees, hidden patches 0, and its answer in their place: two [B, C, H, W].
 
-    Predicted patches are standardised; they get the true patch's mean and deviation, as in the
+    Predicted patches are standardized; they get the true patch's mean and deviation, as in the
     paper's figures.
     """
     encoder, hidden = model.context_encoder, masks.targets[:, 0]  # [B, Nt]

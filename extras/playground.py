@@ -41,7 +41,7 @@ STEPS = 16  # of a sketch
 class Answer(nn.Module):
     """One forward pass of an I-JEPA, and what the page shows of it.
 
-    images: normalised, float [G, C, H, W], those that patches and neighbours are taken from; mean,
+    images: normalized, float [G, C, H, W], those that patches and neighbors are taken from; mean,
     std: of their channels, one float each; read: from the mean prediction [1, D] to what a Sketcher
     is told.
     """
@@ -283,7 +283,7 @@ def build(source, out=OUT, images=500, data_dir=None):
         raise UsageError(f"{config.dataset} has {len(dataset)} images to show; the playground needs"
                          f" {2 * EXAMPLES} or more")
     encoder = model.target_encoder
-    pixels = core.normalised(dataset, encoder.image_size)  # [n, C, H, W]
+    pixels = core.normalized(dataset, encoder.image_size)  # [n, C, H, W]
     gallery, block = pixels[EXAMPLES:], first_block(encoder.grid)
     untrained = train.build(config, about["channels"])[0].eval()
 

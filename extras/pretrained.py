@@ -368,8 +368,8 @@ def numbers(said, name, channels, where, least=-math.inf):
     return tuple(map(float, values))
 
 
-def normalisation(folder, channels):
-    """How a Hugging Face folder's images are normalised: mean and std, pixels scaled to 0..1.
+def normalization(folder, channels):
+    """How a Hugging Face folder's images are normalized: mean and std, pixels scaled to 0..1.
 
     Its image processor computes (rescale_factor * pixel - image_mean) / image_std of pixels from 0
     to 255, and either step can be switched off; this is the same in our units. What the folder does
@@ -390,7 +390,7 @@ def normalisation(folder, channels):
     for name in ("do_flip_channel_order", "rescale_offset"):
         if said[name]:
             raise UsageError(f"{path}: {name} is true, expected false: this code only rescales and "
-                             "normalises")
+                             "normalizes")
     if not said["do_rescale"]:
         said["rescale_factor"] = 1.0
     if not said["do_normalize"]:
@@ -402,13 +402,13 @@ def normalisation(folder, channels):
 
 
 def describe(folder, config, channels):
-    """One line on what a Hugging Face folder holds and how its images are normalised."""
+    """One line on what a Hugging Face folder holds and how its images are normalized."""
     which = config.get("ijepa_encoder")
     which = (f"the {one_line(which)[:40]} encoder" if which else
              "an encoder, unknown whether target or context (what transformers' own script makes "
              "of official files is the context encoder)")
     mean, std = (" ".join(f"{value:.4g}" for value in part)
-                 for part in normalisation(folder, channels))
+                 for part in normalization(folder, channels))
     line = f"{folder} holds {which}; its images have mean {mean}, deviation {std}"
     if not (Path(folder) / "preprocessor_config.json").exists():
         line += " (transformers' default: there is no preprocessor_config.json)"
@@ -420,7 +420,7 @@ def from_huggingface(source, config=None):
 
     source: a folder with config.json and *.safetensors; or a state dict, with `config` as
     `model.config.to_dict()` gives it. A classifier, a pooler or a mask token is left out, which is
-    printed, and so is which encoder a folder holds and how its images are normalised (`load` gives
+    printed, and so is which encoder a folder holds and how its images are normalized (`load` gives
     that too). Raises UsageError if safetensors is not installed, for another kind of model, and if
     weights are missing or unexpected.
     """
@@ -450,7 +450,7 @@ def from_huggingface(source, config=None):
 def to_huggingface(encoder, folder, mean, std, which=""):
     """Write config.json, model.safetensors, preprocessor_config.json: an IJepaModel.
 
-    mean, std: of each channel, pixels scaled to 0..1, by which the encoder's images were normalised
+    mean, std: of each channel, pixels scaled to 0..1, by which the encoder's images were normalized
     (data.STATISTICS, or a dataset's). which: target or context, which `from_huggingface` then says;
     empty if unknown. Raises UsageError if safetensors is not installed, and for
     volumes and images that are not square.
@@ -491,7 +491,7 @@ def to_huggingface(encoder, folder, mean, std, which=""):
 
 @dataclass
 class Pretrained:
-    """An encoder in eval mode, and how its images were normalised.
+    """An encoder in eval mode, and how its images were normalized.
 
     mean, std: one float a channel, None if only the data can tell; config: of the run that trained
     it, or None.
@@ -509,7 +509,7 @@ def channels_of(encoder):
 
 
 def statistics(dataset):
-    """Mean and deviation by which data.load normalises; None, None if it measures the data set."""
+    """Mean and deviation by which data.load normalizes; None, None if it measures the data set."""
     if dataset in VOLUMES or dataset.lower().endswith(".npz"):
         return None, None
     return data.STATISTICS.get(dataset, data.STATISTICS["folder"])
@@ -549,7 +549,7 @@ def load(source, data_dir="data"):
         path = path / "encoder.pt"
     if path.is_dir():
         encoder = from_huggingface(path)
-        return Pretrained(encoder, *normalisation(path, channels_of(encoder)))
+        return Pretrained(encoder, *normalization(path, channels_of(encoder)))
     stored = read(path)
     if {"config", "data", "encoder"} <= stored.keys():
         return run_encoder(stored, path)
@@ -559,10 +559,10 @@ def load(source, data_dir="data"):
 # --- a run folder ---------------------------------------------------------------------------------
 
 
-def renormalise(encoder, old, new):
-    """Change an encoder so that it computes the same from images normalised differently.
+def renormalize(encoder, old, new):
+    """Change an encoder so that it computes the same from images normalized differently.
 
-    old, new: (mean, std), one float a channel. Both normalisations are linear, and so is the patch
+    old, new: (mean, std), one float a channel. Both normalizations are linear, and so is the patch
     embedding: the difference can be folded into its weights.
     """
     (mean, std), (new_mean, new_std) = (torch.tensor(pair) for pair in (old, new))  # each [C]
@@ -623,7 +623,7 @@ def run_config(modules, found, out, dataset, data_dir):
 
 
 def adapt(modules, found, dataset, data_dir):
-    """Renormalise the encoders among the modules for a data set, if it is normalised differently.
+    """Renormalize the encoders among the modules for a data set, if it is normalized differently.
 
     Raises UsageError if its images have a different number of channels.
     """
@@ -639,7 +639,7 @@ def adapt(modules, found, dataset, data_dir):
         return
     for module in modules.values():
         if isinstance(module, Encoder):
-            renormalise(module, old, new)
+            renormalize(module, old, new)
 
 
 def write_run(source, out, dataset="", data_dir="data"):
@@ -647,7 +647,7 @@ def write_run(source, out, dataset="", data_dir="data"):
 
     Of an official checkpoint it holds both encoders and the predictor, of others the encoder.
     dataset: what it will be evaluated on, by default what it was trained on; a difference in how
-    the two are normalised is folded into the patch embedding. Raises UsageError if out holds a run,
+    the two are normalized is folded into the patch embedding. Raises UsageError if out holds a run,
     or if a run folder cannot hold the encoder.
     """
     modules, found = find_modules(source, data_dir)
@@ -677,7 +677,7 @@ def main(argv=None):
                         "Hugging Face folder, or a run's encoder.pt")
     p.add_argument("--out", required=True, help="the run folder")
     p.add_argument("--dataset", default="", help="data set to evaluate on; the encoder is adapted "
-                                                 "to its normalisation (default: as trained)")
+                                                 "to its normalization (default: as trained)")
     p.add_argument("--data-dir", default="data", help="folder that holds, or receives, downloads")
     args = p.parse_args(argv)
     modules = write_run(args.source, args.out, args.dataset, args.data_dir)

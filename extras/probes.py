@@ -44,7 +44,7 @@ from support import command_line, shapes
 from support.results import ROWS, read_json, write_json
 
 HEADS = {"last": (1, False), "last+bn": (1, True), "last4": (4, False), "last4+bn": (4, True)}
-LOW_SHOT = (2, 5, 10, 20, 50, 100, 200, 500)  # labelled images of each class
+LOW_SHOT = (2, 5, 10, 20, 50, 100, 200, 500)  # labeled images of each class
 
 # --- the paper's four heads -----------------------------------------------------------------------
 
@@ -109,7 +109,7 @@ def retrieval_precision(train_x, train_y, test_x, test_y, k=5):
 
 
 def low_shot(train_x, train_y, test_x, test_y, counts=LOW_SHOT, draws=3):
-    """Linear probes on a few labelled images of each class, chosen at random `draws` times.
+    """Linear probes on a few labeled images of each class, chosen at random `draws` times.
 
     Counts that some class does not have are left out. Returns {"per_class": counts used, "mean":
     accuracies, "std": their deviations}.
@@ -172,7 +172,7 @@ def segmentation(model, masking, untrained, n=1000, seed=0):
     for split in ("train", "test"):
         drawn, *_, masks = shapes.make(split)
         chosen = torch.randperm(len(drawn), generator=torch.Generator().manual_seed(seed))[:n]
-        images.append(data.normalise(drawn[chosen], *data.STATISTICS["shapes"]))  # [n, C, H, W]
+        images.append(data.normalize(drawn[chosen], *data.STATISTICS["shapes"]))  # [n, C, H, W]
         covers.append(patch_cover(masks[chosen], p))  # [n, N]
     for name, read in (("target", model.target_encoder), ("random", untrained),
                        ("pixels", lambda part: patchify(part, p))):
@@ -287,7 +287,7 @@ class Run:
 
     def __init__(self, folder, results, data_dir=None, device="auto"):
         if not results["features"]:
-            raise UsageError(f"{folder} was evaluated without labels; name labelled data with: "
+            raise UsageError(f"{folder} was evaluated without labels; name labeled data with: "
                              f"python evaluate.py {folder} --dataset")
         self.device, self.seed = train.pick_device(device), results["seed"]
         self.encoders, self.config, about = evaluate.load_encoders(folder, self.device)

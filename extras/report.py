@@ -155,7 +155,7 @@ def knowledge(runs):
                      f"percent</h3>{scores(shown, file)}")
         for run in shown:
             results = run.evaluations[file]
-            says = "{} {train:,} labelled training images, {test:,} test images.".format(
+            says = "{} {train:,} labeled training images, {test:,} test images.".format(
                 verdict(results), **results["split_sizes"])
             parts.append(f"<p>{named(runs, run, says)}</p>")
     if parts:
@@ -167,7 +167,7 @@ def knowledge(runs):
         if not run.evaluations:
             says = f"Not evaluated yet: {code(f'python evaluate.py {run.folder}')}"
             if (run.folder / "evaluation.json").exists():  # without accuracies
-                command = f"python evaluate.py {run.folder} --dataset LABELLED_DATA"
+                command = f"python evaluate.py {run.folder} --dataset LABELED_DATA"
                 says = f"Its images have no labels. On others: {code(command)}"
             parts.append(f"<p>{named(runs, run, says)}</p>")
     return "".join(parts)

@@ -22,7 +22,7 @@ NOTICE = {
               "the target blocks?"),
     "coverage": ("How often each patch is used", "Nothing is learned from a cell that is never "
                  "drawn (x). Is there one?"),
-    "predictor_neighbours": ("What the predictor imagines", "Does 'predicted' continue what the "
+    "predictor_neighbors": ("What the predictor imagines", "Does 'predicted' continue what the "
                              "context shows? 'True features' is the best that these patches "
                              "allow."),
     "sketches": ("Sketches of a prediction", "What do all sketches of one block share, and what "
@@ -191,7 +191,7 @@ def figures(runs, budget):
             if (run.name, name) in found:
                 content, kind, size = found[run.name, name]
                 shown = [round(0.7 * side) for side in size]  # 150 dpi: sharp, and not too large
-                says = retrieval(run) if name == "predictor_neighbours" else ""
+                says = retrieval(run) if name == "predictor_neighbors" else ""
                 images.append(
                     f"<figure{' class=wide' * (size[0] > 1.2 * size[1])}>"
                     + image_tag(content, kind, shown, f"{heading}: {run.name}")

@@ -148,7 +148,7 @@ class Subject:
         self.folder = Path(folder)
 
     def images(self, numbers):
-        """Normalised images, without crop or flip: float [B, C, H, W]."""
+        """Normalized images, without crop or flip: float [B, C, H, W]."""
         size = self.config.image_size
         return torch.cat(list(data.batches(self.dataset, 256, size, self.device, numbers)))
 

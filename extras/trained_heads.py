@@ -145,7 +145,7 @@ def attentive_probe(train_tokens, train_y, test_tokens, test_y, epochs=20, seed=
 
 def fine_tune(encoder, train_set, test_set, image_size, device="cpu", epochs=20, layer_decay=0.75,
               smoothing=0.1, crop_scale=(0.5, 1.0), flip=True, seed=0, rates=(5e-4, 2e-3, 8e-3)):
-    """Train a copy of the encoder with a linear head on labelled ImageDatasets (appendix A.2).
+    """Train a copy of the encoder with a linear head on labeled ImageDatasets (appendix A.2).
 
     layer_decay: learning rate of a layer over that of the one above; smoothing: of the labels.
     Returns as choose_rate; "model" is the Classifier in eval mode. The given encoder is unchanged.

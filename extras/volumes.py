@@ -42,7 +42,7 @@ def predictor_figures(run):
         f"{run.what}, by slice: what the context encoder sees, and what is to be predicted")
     gallery = make_gallery(run.model, *run.take(range(rows, len(run.images))))
     columns = imagine(run.model, run.untrained_predictor(), images, pictures, masks, gallery)
-    yield "predictor_neighbours", table(
+    yield "predictor_neighbors", table(
         [(name, by_slice(part, grid)) for name, part in columns],
         f"{run.what}, by slice: hidden cubes, filled with the nearest of other volumes.\n"
         "Does 'predicted' continue what the context shows?", side=2)[0]

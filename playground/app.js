@@ -48,7 +48,7 @@ function drawAnswer() {
   drawColors(panel("colors", "A color for the feature of each patch"), answer.colors, block);
   drawColors(panel("predicted-colors", "The same; in the block, the predicted features"),
     answer.colors, block, answer.predicted_colors);
-  $("neighbours").querySelector("div").replaceChildren(...answer.images.map((i) => {
+  $("neighbors").querySelector("div").replaceChildren(...answer.images.map((i) => {
     const context = canvas(), number = about.examples + i;
     drawFromSheet(context, number);
     context.canvas.role = "img";

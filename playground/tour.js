@@ -4,7 +4,7 @@ import { columns, rows, split } from "./model.js";
 import { mean, setBlock, show, state, update } from "./app.js";
 
 const $ = (id) => document.getElementById(id);
-const ANSWERS = ["predicted", "true", "error", "colors", "predicted-colors", "neighbours",
+const ANSWERS = ["predicted", "true", "error", "colors", "predicted-colors", "neighbors",
   "summary"];
 let smaller = null; // the mean error of the third question's block
 

@@ -1,6 +1,6 @@
 """Image folders: which files are images, and the split and class of each.
 
-Splits, classes and wrappers go by many names. What is recognised is read, what is left out is said,
+Splits, classes and wrappers go by many names. What is recognized is read, what is left out is said,
 and what could be meant in two ways is refused.
 """
 
@@ -146,7 +146,7 @@ SPLITS = {"train": "train", "training": "train", "trainset": "train", "test": "t
           "testing": "test", "testset": "test", "val": "val", "valid": "val", "validation": "val",
           "valset": "val", "dev": "val"}
 IMAGES = ("images", "image", "imgs", "img", "jpegimages")  # folders that are no class
-LEVELS = (*IMAGES, "unknown", "unlabeled", "unlabelled", "all")  # nor are these, if alone
+LEVELS = (*IMAGES, "unknown", "unlabeled", "unlabeled", "all")  # nor are these, if alone
 
 
 def words(name):
@@ -336,10 +336,10 @@ def read_folder(folder, split, size=None):
     classes, loose, notes, inner = classes_in(place)
     names = list(classes if split == "train" else classes_in(places["train"])[0])
     if split == "test" and names and not classes and (val := places["val"]) != place:
-        labelled, val_loose, val_notes, val_inner = classes_in(val)
-        if labelled:
+        labeled, val_loose, val_notes, val_inner = classes_in(val)
+        if labeled:
             print(f"the images in {place} have no labels; those in {val} are the test split")
-            place, classes, loose, notes, inner = val, labelled, val_loose, val_notes, val_inner
+            place, classes, loose, notes, inner = val, labeled, val_loose, val_notes, val_inner
     for note in notes:
         print(note)
     paths = list(chain(*classes.values())) or loose

@@ -105,7 +105,7 @@ def read_stl10(name, split, data_dir):
         lacking = f"{folder} has no unlabeled_X.bin"
         if split == "unlabeled":
             raise UsageError(f"{lacking}; choose --split train, or {ADVICE.format(folder)}")
-        print(f"{lacking}; its labelled training images are read alone")
+        print(f"{lacking}; its labeled training images are read alone")
         split = "train"
     parts = [records(folder / f"{part}_X.bin", 3, 96, 96) for part in split.split("+")]
     images = np.empty((sum(map(len, parts)), 3, 96, 96), np.uint8)  # [n, C, H, W]

@@ -65,7 +65,7 @@ def table(results):
             lines += ["kNN on raw pixels beats kNN on the features here. A linear probe can weigh "
                       "the features, kNN cannot.", ""]
     else:
-        lines = [f"{results['dataset']} has no labels: no probe and no kNN. Name labelled data "
+        lines = [f"{results['dataset']} has no labels: no probe and no kNN. Name labeled data "
                  "with --dataset."]
     lines.append(f"features of images not trained on: standard deviation "
                  f"{found['target_std']:.2f}, effective rank {found['rank']:.1f} of "

@@ -76,7 +76,7 @@ def check_diagnosis(diagnosis):
            not unknown,
            f"unknown: {unknown}; the names are {', '.join(bugs.BUGS)}")
     right = [letter for letter, name in named.items() if bugs.CASES[letter] == name]
-    said = [f"right: {', '.join(right) or 'none yet'}"]
+    said = [f"named rightly: {', '.join(right) or 'none yet'}"]
     if left := bugs.CASES.keys() - named.keys():
         said.append(f"not named: {', '.join(sorted(left))}")
     for letter, name in named.items():
@@ -196,8 +196,7 @@ def settle(bug):
 
 
 def print_tests(case):
-    """Run the ten tests on a case, a letter or "sound", and print what each finds and what is
-    right."""
+    """Run the ten tests on a case, a letter or "sound": what each finds, and what it should."""
     bug = bugs.SOUND if case == "sound" else bugs.BUGS[bugs.CASES[case]]
     for what, found, right, passed in settle(bug):
-        print(f"{'ok  ' if passed else 'FAIL'}  {what}: {found:.4g}, right is {right:.4g}")
+        print(f"{'ok  ' if passed else 'FAIL'}  {what}: {found:.4g}, should be {right:.4g}")

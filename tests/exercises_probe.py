@@ -34,12 +34,12 @@ def check_pooled(pooled):
 
 
 @exercise
-def check_standardised(standardised):
+def check_standardized(standardized):
     """Training features get mean 0 and deviation 1; test features are moved by the same numbers."""
     scales = torch.tensor([1.0, 10.0, 0.1, 1.0])
     train = 3 + 5 * torch.randn(500, 4, generator=seeded()) * scales
     test = 7 + torch.randn(40, 4, generator=seeded(1))
-    x, y = standardised(train, test)
+    x, y = standardized(train, test)
     yield ("both sets keep their shapes",
            x.shape == train.shape and y.shape == test.shape,
            "two tensors, as large as the two that came in")
@@ -50,16 +50,16 @@ def check_standardised(standardised):
            equal(x.std(0), torch.ones(4), 1e-2),
            "the deviation over the images, dimension 0: one for each feature")
     yield ("the training set does not depend on the test set",
-           equal(standardised(train, test + 100)[0], x),
+           equal(standardized(train, test + 100)[0], x),
            "mean and deviation come from the training images only")
     yield ("a test image does not depend on the other test images",
-           equal(standardised(train, test[:1])[1], y[:1]),
+           equal(standardized(train, test[:1])[1], y[:1]),
            "a test image may be the only one: use the training mean and deviation")
     yield ("the test set is moved and divided by the *training* mean and deviation",
            equal(y, (test - train.mean(0)) / train.std(0), 2e-2),
            "both sets by the same two numbers for each feature")
     constant = torch.cat([train, torch.full((500, 1), 0.1)], 1)
-    x, y = standardised(constant, constant[:5])
+    x, y = standardized(constant, constant[:5])
     yield ("a feature that never changes becomes 0",
            x.isfinite().all() and (x[:, 4].abs() < 1e-3).all() and (y[:, 4].abs() < 1e-3).all(),
            "not NaN (0 / 0), and not rounding noise divided by rounding noise")
@@ -92,7 +92,7 @@ def check_set_aside(set_aside):
 
 @exercise
 def check_probe(probe):
-    """Standardised by the training images, penalty chosen on held-out ones, fitted again on all."""
+    """Standardized by the training images, penalty chosen on held-out ones, fitted again on all."""
     y, flip = torch.arange(360) % 3, torch.rand(360, generator=seeded(1)) < 0.5
     x = 0.5 * torch.randn(3, 40, generator=seeded(2))[y] + torch.randn(360, 40, generator=seeded())
     held = torch.arange(180) >= 90
@@ -106,7 +106,7 @@ def check_probe(probe):
     whole = float(probe(x[:180], noisy, x[180:], y[180:], held, (1.0,))[0])
     yield ("a test image's answer does not depend on the other test images",
            equal(whole, (parts[0] + 2 * parts[1]) / 3, 0.02),
-           "standardise the test images with the training images' mean and deviation")
+           "standardize the test images with the training images' mean and deviation")
     moved = probe(x[:180], noisy, x[180:], (y[180:] + 1) % 3, held, (1.0, 1e-3))
     yield ("the test labels have no part in the choice",
            float(moved[1]) == float(answer[1]),
@@ -120,7 +120,7 @@ def check_probe(probe):
     aside = torch.arange(240) >= 120
     yield ("a weak penalty is chosen where it is better, also for features of small scale",
            float(probe(*unequal, aside, (30.0, 1e-3))[1]) == 1e-3,
-           "standardise, so that the penalty means the same at every scale, then compare both "
+           "standardize, so that the penalty means the same at every scale, then compare both "
            "strengths on the held-out images")
     yield ("the last fit is on all training images",
            float(probe(x[:180], noisy, x[180:], y[180:], held, (1.0,))[0]) > 0.8,
@@ -166,19 +166,19 @@ def check_knn_classes(knn_classes):
     longer = torch.linspace(0.1, 9, 60)[:, None]
     yield ("the length of a training feature does not matter",
            equal(knn_classes(train_x * longer, train_y, queries, 5, 0.07), found),
-           "the cosine is the dot product of features divided by their lengths: normalise both")
+           "the cosine is the dot product of features divided by their lengths: normalize both")
     yield ("the length of a test feature does not matter",
            equal(knn_classes(train_x, train_y, 9 * queries, 5, 0.07), found),
-           "normalise the test features too: otherwise the temperature means something else")
+           "normalize the test features too: otherwise the temperature means something else")
     yield ("a test image's class does not depend on the other test images",
            equal(knn_classes(train_x, train_y, queries[3:4], 5, 0.07), found[3:4]),
            "sort and vote within each row, dimension 1")
     query, labels = torch.tensor([[1.0, 0.0]]), torch.tensor([0, 1, 1, 2, 2])
     bank = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.8, -0.6], [-1.0, 0.1], [-1.0, 0.2]])
-    yield ("a nearer neighbour weighs more",
+    yield ("a nearer neighbor weighs more",
            equal(knn_classes(bank, labels, query, 3, 0.07), [0]),
            "its weight is exp(cosine / temperature): here one of cosine 1 outweighs two of 0.8")
-    yield ("at a high temperature all k neighbours weigh the same, and the majority wins",
+    yield ("at a high temperature all k neighbors weigh the same, and the majority wins",
            equal(knn_classes(bank, labels, query, 3, 100.0), [1]),
            "exp(cosine / 100) is nearly 1 for all: two votes against one")
     labels = torch.tensor([0, 0, 1, 1, 1])
@@ -204,29 +204,29 @@ def check_choose_k(choose_k):
     yield ("the answer is one of the ks",
            found in (1, 15),
            "return the k itself, not its accuracy")
-    yield ("where a fifth of the labels are wrong, 15 neighbours are better than one",
+    yield ("where a fifth of the labels are wrong, 15 neighbors are better than one",
            found == 15,
            "with k = 1 every image finds itself and seems right: take it out of its own "
-           "neighbours, for example by a cosine of -inf")
+           "neighbors, for example by a cosine of -inf")
     angles = 2 * math.pi * torch.arange(80) / 80 - 0.07 * (torch.arange(80) % 2)
     pairs = torch.stack([angles.cos(), angles.sin()], 1)  # 40 pairs on a circle
     of_pairs = torch.randint(4, (40,), generator=seeded(4)).repeat_interleave(2)
-    yield ("where images come in pairs of one class, one neighbour is best",
+    yield ("where images come in pairs of one class, one neighbor is best",
            choose_k(pairs, of_pairs, (1, 15)) == 1,
            "each k's accuracy is how often the vote of an image's k nearest others is right")
     group = torch.arange(80) % 8  # eight tight groups of ten, a fifth of the labels wrong
     groups = F.normalize(torch.randn(80, 8, generator=seeded(2)) + 16 * F.one_hot(group, 8), dim=1)
     flipped = torch.rand(80, generator=seeded(5)) < 0.2
-    yield ("nearer neighbours weigh more, so that far ones do no harm",
+    yield ("nearer neighbors weigh more, so that far ones do no harm",
            choose_k(groups, (group + flipped) % 2, (1, 40)) == 40,
-           "each of the k votes with weight exp(cosine / 0.07): of 40 neighbours the 9 near ones "
+           "each of the k votes with weight exp(cosine / 0.07): of 40 neighbors the 9 near ones "
            "decide, and they are right more often than the nearest alone")
     yield ("the order of the ks does not matter",
            choose_k(pairs, of_pairs, (15, 1)) == 1,
            "compare the accuracies, and return the k of the highest")
     yield ("the length of a feature does not matter",
            choose_k(blobs * (0.5 + wrong)[:, None], labels, (1, 15)) == 15,
-           "neighbours are those of highest cosine: normalise the features")
+           "neighbors are those of highest cosine: normalize the features")
 
 
 @exercise

@@ -27,15 +27,15 @@ def mean_of_the_batch(encoder, images):
     return encoder(images).mean((0, 1)).expand(len(images), -1)
 
 
-def standardised(train_x, test_x):
+def standardized(train_x, test_x):
     deviation, mean = torch.std_mean(train_x, 0)
     deviation[deviation < 1e-6 * mean.abs()] = torch.inf
     return (train_x - mean) / deviation, (test_x - mean) / deviation
 
 
-def standardised_together(train_x, test_x):
+def standardized_together(train_x, test_x):
     both = torch.cat([train_x, test_x])
-    return standardised(both, both)[0].split([len(train_x), len(test_x)])
+    return standardized(both, both)[0].split([len(train_x), len(test_x)])
 
 
 def constant_blows_up(train_x, test_x):
@@ -89,15 +89,15 @@ def optimism_shared(heads, images, accuracy, draws, generator):
 
 
 def fitted(x, y, test_x, strength):
-    """Classes of test_x by scikit-learn's optimum for standardised x."""
+    """Classes of test_x by scikit-learn's optimum for standardized x."""
     model = evaluate.fit(LogisticRegression(max_iter=10_000), x.numpy(), y.numpy(), strength)
     return torch.from_numpy(model.predict(test_x.numpy()))
 
 
 def probe(train_x, train_y, test_x, test_y, held, strengths, x=None, test=None, choose=None,
           refit=True):
-    x = evaluate.standardise(train_x, test_x)[0] if x is None else x
-    test = evaluate.standardise(train_x, test_x)[1] if test is None else test
+    x = evaluate.standardize(train_x, test_x)[0] if x is None else x
+    test = evaluate.standardize(train_x, test_x)[1] if test is None else test
     judges = x[held], train_y[held]
     if choose == "fitted":
         judges = x[~held], train_y[~held]
@@ -111,11 +111,11 @@ def probe(train_x, train_y, test_x, test_y, held, strengths, x=None, test=None, 
 
 
 def probe_with_test_statistics(train_x, train_y, test_x, *others):
-    test = evaluate.standardise(test_x, test_x)[0]
+    test = evaluate.standardize(test_x, test_x)[0]
     return probe(train_x, train_y, test_x, *others, test=test)
 
 
-def probe_not_standardised(train_x, train_y, test_x, *others):
+def probe_not_standardized(train_x, train_y, test_x, *others):
     return probe(train_x, train_y, test_x, *others, x=train_x, test=test_x)
 
 
@@ -155,8 +155,8 @@ def knn_of_the_batch(train_x, train_y, test_x, k, temperature):
     return knn_classes(train_x, train_y, moved, k, temperature)
 
 
-def choose_k(x, y, ks, itself=-math.inf, normalise=True, temperature=0.07):
-    unit = F.normalize(x, dim=1) if normalise else x
+def choose_k(x, y, ks, itself=-math.inf, normalize=True, temperature=0.07):
+    unit = F.normalize(x, dim=1) if normalize else x
     cosine = unit @ unit.T
     cosine.fill_diagonal_(itself)
     right = {}
@@ -215,18 +215,18 @@ def parts_with_the_sign_lost(table):
     return method, -protocol
 
 
-RIGHT = [pooled, standardised, set_aside, probe, optimism, knn_classes, choose_k, needed, confused,
+RIGHT = [pooled, standardized, set_aside, probe, optimism, knn_classes, choose_k, needed, confused,
          parts, attentive_pool]
 WRONG = [
     ("pooled", lambda encoder, images: encoder(images).mean(1), "no gradient"),
     ("pooled", lambda encoder, images: encoder(images).mean(2).detach(), "one feature of 16"),
     ("pooled", first_token, "mean over the N patch tokens"),
     ("pooled", mean_of_the_batch, "others in its batch"),
-    ("standardised", lambda x, y: (standardised(x, x)[0], y - y.mean(0)), "other test images"),
-    ("standardised", standardised_together, "mean 0"),
-    ("standardised", one_deviation_for_all, "each divided by its own"),
-    ("standardised", lambda x, y: (standardised(x, y)[0], y - x.mean(0)), "*training* mean and"),
-    ("standardised", constant_blows_up, "never changes"),
+    ("standardized", lambda x, y: (standardized(x, x)[0], y - y.mean(0)), "other test images"),
+    ("standardized", standardized_together, "mean 0"),
+    ("standardized", one_deviation_for_all, "each divided by its own"),
+    ("standardized", lambda x, y: (standardized(x, y)[0], y - x.mean(0)), "*training* mean and"),
+    ("standardized", constant_blows_up, "never changes"),
     ("set_aside", not_stratified, "a tenth of every class"),
     ("set_aside", first_ones, "drawn, not the first"),
     ("set_aside", lambda labels, generator: ~set_aside(labels, generator), "a tenth of every"),
@@ -239,19 +239,19 @@ WRONG = [
     ("probe", probe_with_test_statistics, "other test images"),
     ("probe", lambda *arguments: probe(*arguments, choose="test"), "test labels"),
     ("probe", lambda *arguments: probe(*arguments, choose="fitted"), "best on the held-out"),
-    ("probe", probe_not_standardised, "small scale"),
+    ("probe", probe_not_standardized, "small scale"),
     ("probe", probe_without_choice, "a weak penalty is chosen"),
     ("probe", lambda *arguments: probe(*arguments, refit=False), "all training images"),
     ("knn_classes", knn_over_images, "one class each"),
     ("knn_classes", knn, "length of a training feature"),
     ("knn_classes", knn_of_long_queries, "length of a test feature"),
     ("knn_classes", knn_of_the_batch, "the other test images"),
-    ("knn_classes", knn_unweighted, "a nearer neighbour weighs more"),
+    ("knn_classes", knn_unweighted, "a nearer neighbor weighs more"),
     ("knn_classes", knn_of_all, "only the k nearest vote"),
-    ("choose_k", lambda x, y, ks: choose_k(x, y, ks, itself=1.0), "15 neighbours are better"),
-    ("choose_k", lambda x, y, ks: max(ks), "one neighbour is best"),
+    ("choose_k", lambda x, y, ks: choose_k(x, y, ks, itself=1.0), "15 neighbors are better"),
+    ("choose_k", lambda x, y, ks: max(ks), "one neighbor is best"),
     ("choose_k", lambda x, y, ks: 0.9, "one of the ks"),
-    ("choose_k", lambda x, y, ks: choose_k(x, y, ks, normalise=False), "length"),
+    ("choose_k", lambda x, y, ks: choose_k(x, y, ks, normalize=False), "length"),
     ("choose_k", lambda x, y, ks: choose_k(x, y, ks, temperature=1e6), "weigh more"),
     ("attentive_pool", lambda tokens, query: tokens @ query, "[3, 4]"),
     ("attentive_pool", lambda tokens, query: pool(tokens, (tokens @ query / 2).softmax(0)),
@@ -294,5 +294,5 @@ def test_what_is_wrong_is_told_which_property_fails(name, answer, words):
     assert second.startswith("you returned ") and "; " in second  # and what is right
 
 
-def test_the_modules_own_standardise_passes():
-    assert checks.check_standardised(evaluate.standardise)
+def test_the_modules_own_standardize_passes():
+    assert checks.check_standardized(evaluate.standardize)

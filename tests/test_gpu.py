@@ -138,7 +138,7 @@ def test_evaluation_and_figures_on_the_gpu_are_those_of_the_cpu(tmp_path):
     assert bool(gpu["hardware"]["gpu"]) == REAL
     predict_and_visualize.main([str(tmp_path), "--device", DEVICE.type])
     assert {path.stem for path in (tmp_path / "figures").glob("*.png")} == {
-        "masks", "predictor_neighbours", "curves", "tsne"}
+        "masks", "predictor_neighbors", "curves", "tsne"}
 
 
 def test_what_the_gpu_saved_another_machine_reads(tmp_path):

@@ -40,7 +40,7 @@ WRONG = {
                       "differ in one direction only"),
     "pooled": ("def pooled(encoder, images):\n    return encoder(images).mean(1)",
                "use torch.no_grad()"),
-    "standardised": ("def standardised(train_x, test_x):\n"
+    "standardized": ("def standardized(train_x, test_x):\n"
                      "    scale = lambda x: (x - x.mean(0)) / x.std(0).clamp(min=1e-6)\n"
                      "    return scale(train_x), scale(test_x)",
                      "a test image may be the only one"),

@@ -75,7 +75,7 @@ def test_features_of_a_folder_are_those_of_each_file_in_order(mine):
     assert features.shape == (48, 16) and features.dtype == np.float32 and len(files) == 48
     for i in (0, 30, 47):
         pixels = folder.decode(files[i], 24)[0][None]  # [1, 3, 24, 24]
-        expected = encoder(data.normalise(pixels, *data.STATISTICS["folder"])).mean(1)[0]
+        expected = encoder(data.normalize(pixels, *data.STATISTICS["folder"])).mean(1)[0]
         # A batch of one is summed in another order.
         assert np.allclose(expected.numpy(), features[i], atol=1e-5)
         assert images.class_names[images.labels[i]] in files[i]
@@ -87,7 +87,7 @@ def test_fine_tuning_learns_the_folders_classes_and_gives_the_classifier(mine):
     paint("path/to/images/test", 10, 1)
     names = run(*snippets("Fine-tuning"))
     tuned, test_set = names["tuned"], names["test_set"]
-    images = data.normalise(test_set.images, test_set.mean, test_set.std)
+    images = data.normalize(test_set.images, test_set.mean, test_set.std)
     right = tuned["model"](images).argmax(1) == test_set.labels  # [m]
     assert tuned["accuracy"] == right.float().mean().item() == 1.0  # dark or light
 

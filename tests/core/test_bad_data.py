@@ -25,10 +25,10 @@ SIZE = 8  # pixels; side at which folders are read here
 RED, BLUE, WHITE = [255, 0, 0], [0, 0, 255], [255, 255, 255]
 
 
-def picture(path, colour=(255, 0, 0), size=(20, 16)):
-    """Write an image of one colour; returns its path."""
+def picture(path, color=(255, 0, 0), size=(20, 16)):
+    """Write an image of one color; returns its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, colour).save(path)
+    Image.new("RGB", size, color).save(path)
     return path
 
 
@@ -101,7 +101,7 @@ def test_a_damaged_stl10_file_is_refused_and_its_folder_named(tmp_path, name, co
 # --- image files of every kind --------------------------------------------------------------------
 
 
-def test_images_of_every_mode_show_their_colour(tmp_path):
+def test_images_of_every_mode_show_their_color(tmp_path):
     full, none = 255, 0
     gray16 = np.full((16, 20), 40_000, dtype=np.uint16)
     made = {
@@ -121,14 +121,14 @@ def test_images_of_every_mode_show_their_colour(tmp_path):
         "one_bit.png": (Image.new("1", (20, 16), 1), WHITE),
         "ycbcr.tif": (Image.new("YCbCr", (20, 16), (76, 85, 255)), RED),
     }
-    for name, (image, colour) in made.items():
+    for name, (image, color) in made.items():
         where = tmp_path / name.replace(".", "_")
         where.mkdir()
         image.save(where / name)
-        assert middle(where) == pytest.approx(colour, abs=3), name  # JPEG and YCbCr round
+        assert middle(where) == pytest.approx(color, abs=3), name  # JPEG and YCbCr round
 
 
-def test_a_palettes_transparent_colour_becomes_white(tmp_path):
+def test_a_palettes_transparent_color_becomes_white(tmp_path):
     for name in ("one.png", "several.png", "x.gif"):
         image = Image.new("P", (20, 16), 1)
         image.putpalette([0, 0, 0, 0, 255, 0] + [0] * 762)
@@ -142,7 +142,7 @@ def test_a_palettes_transparent_colour_becomes_white(tmp_path):
 
 @pytest.mark.parametrize("name", ["x.gif", "x.webp", "x.png", "x.tif"])
 def test_of_an_animation_the_first_frame_is_taken(tmp_path, name):
-    first, second = (Image.new("RGB", (20, 16), tuple(colour)) for colour in (RED, BLUE))
+    first, second = (Image.new("RGB", (20, 16), tuple(color)) for color in (RED, BLUE))
     first.save(tmp_path / name, save_all=True, append_images=[second])
     with Image.open(tmp_path / name) as image:
         assert image.n_frames == 2
@@ -286,12 +286,12 @@ def test_one_corrupt_jpeg_in_ten_thousand_leaves_the_others_their_labels(tmp_pat
 def lazy(tmp_path, monkeypatch):
     """Ten red images of class a, ten blue of b; broken are the last two of a, and one of b."""
     for i in range(10):
-        for name, colour in (("a", (10 * i + 10, 0, 0)), ("b", (0, 0, 10 * i + 10))):
+        for name, color in (("a", (10 * i + 10, 0, 0)), ("b", (0, 0, 10 * i + 10))):
             path = tmp_path / name / f"{i}.png"
             if (name, i) in (("a", 8), ("a", 9), ("b", 4)):
                 broken(path)
             else:
-                picture(path, colour)
+                picture(path, color)
     monkeypatch.setattr("support.layout.MEMORY_LIMIT", 0)
     return tmp_path
 

@@ -40,10 +40,10 @@ def dataset(images, labels=None):
     return data.ImageDataset("test", images, labels, None, (0.5,) * channels, (0.25,) * channels)
 
 
-def save(folder, name, mode="RGB", colour=None, size=(40, 30)):
+def save(folder, name, mode="RGB", color=None, size=(40, 30)):
     folder.mkdir(parents=True, exist_ok=True)
     values = noise(size[1], size[0], 3, seed=len(name)).numpy()
-    image = Image.fromarray(values) if colour is None else Image.new("RGB", size, colour)
+    image = Image.fromarray(values) if color is None else Image.new("RGB", size, color)
     image.convert(mode).save(folder / name)
 
 
@@ -147,7 +147,7 @@ def test_stl10_can_be_read_without_its_folds_and_without_its_unlabeled_images(tm
     assert "has no unlabeled_X.bin; choose --split train" in message
     alone = data.load("stl10", "train+unlabeled", tmp_path)  # what the preset asks for
     assert torch.equal(alone.images, train_set.images)
-    assert "has no unlabeled_X.bin; its labelled training images" in capsys.readouterr().out
+    assert "has no unlabeled_X.bin; its labeled training images" in capsys.readouterr().out
 
 
 def test_shapes_need_no_file_and_their_statistics_are_those_of_the_images():
@@ -177,7 +177,7 @@ def test_unknown_names_and_splits_list_what_is_allowed():
     assert "/no/such/folder is neither" in refusal(data.load, "/no/such/folder")
     assert "/no/such/file.npz" in refusal(data.load, "/no/such/file.npz")
     assert "train, test" in refusal(data.load, "cifar10", "unlabeled")
-    assert "did you mean unlabeled?" in refusal(data.load, "stl10", "unlabelled")
+    assert "did you mean unlabeled?" in refusal(data.load, "stl10", "unlabled")
 
 
 @pytest.mark.parametrize("name", ["cifar10", "shapes", "organmnist3d"])
@@ -206,7 +206,7 @@ def test_a_folder_without_images_does_not_hide_the_data_set_of_its_name(tmp_path
 
 
 def test_training_on_a_folder_called_stl10_does_not_ask_for_the_real_one(tmp_path, monkeypatch):
-    """STL-10's unlabeled images are measured with its labelled ones; this folder is not STL-10."""
+    """STL-10's unlabeled images are measured with its labeled ones; this folder is not STL-10."""
     monkeypatch.chdir(tmp_path)
     for i in range(8):
         save(tmp_path / "stl10", f"{i}.png")
@@ -222,9 +222,9 @@ def test_training_on_a_folder_called_stl10_does_not_ask_for_the_real_one(tmp_pat
 
 
 def test_class_folders_give_sorted_labels_and_a_flat_folder_none(tmp_path):
-    save(tmp_path / "pets" / "dog", "1.png", colour=(255, 0, 0))
-    save(tmp_path / "pets" / "cat", "2.JPG", colour=(0, 0, 255))
-    save(tmp_path / "pets" / "cat" / "deeper", "3.bmp", colour=(0, 255, 0))
+    save(tmp_path / "pets" / "dog", "1.png", color=(255, 0, 0))
+    save(tmp_path / "pets" / "cat", "2.JPG", color=(0, 0, 255))
+    save(tmp_path / "pets" / "cat" / "deeper", "3.bmp", color=(0, 255, 0))
     (tmp_path / "pets" / "notes").mkdir()  # a folder without images is no class
     (tmp_path / "pets" / "cat" / "._2.jpg").write_bytes(b"macOS")
     pets = data.load(str(tmp_path / "pets"), image_size=16)
@@ -255,9 +255,9 @@ def test_the_center_of_a_wide_image_is_kept(tmp_path):
 
 
 def test_images_that_are_not_rgb_are_converted_and_counted(tmp_path, capsys):
-    save(tmp_path, "a.png", colour=(10, 200, 30))
+    save(tmp_path, "a.png", color=(10, 200, 30))
     for name, mode in (("b.png", "L"), ("c.gif", "P"), ("d.png", "RGBA")):
-        save(tmp_path, name, mode, colour=(10, 200, 30))
+        save(tmp_path, name, mode, color=(10, 200, 30))
     half = np.full((30, 40), 128 * 256, dtype=np.uint16)
     Image.fromarray(half).save(tmp_path / "e.png")  # 16-bit gray, half way
     images = data.load(str(tmp_path), image_size=8).images
@@ -328,7 +328,7 @@ def test_npz_gray_color_and_volumes(tmp_path, shape, expected):
     assert (channels_last == values.reshape(channels_last.shape)).all()
     assert train_set.labels.tolist() == list(range(6)) and train_set.labels.dtype == torch.int64
     test = data.load(str(tmp_path / "x.npz"), "test")
-    assert test.labels is None and test.mean == train_set.mean  # normalised as training images are
+    assert test.labels is None and test.mean == train_set.mean  # normalized as training images are
 
 
 def test_npz_refuses_what_it_cannot_mean(tmp_path, capsys):
@@ -439,9 +439,9 @@ def test_flips_mirror_about_half_the_images_and_leave_the_rest():
     assert (same | mirrored).all() and 150 < mirrored.sum() < 250  # 5 standard deviations
 
 
-def test_normalised_pixels_have_their_channels_mean_and_unit():
+def test_normalized_pixels_have_their_channels_mean_and_unit():
     pixels = torch.tensor([0, 255], dtype=torch.uint8).view(1, 2, 1, 1)
-    assert data.normalise(pixels, (0.5, 0.5), (0.25, 0.5)).flatten().tolist() == [-2.0, 1.0]
+    assert data.normalize(pixels, (0.5, 0.5), (0.25, 0.5)).flatten().tolist() == [-2.0, 1.0]
 
 
 # --- batches --------------------------------------------------------------------------------------
@@ -475,7 +475,7 @@ def test_without_a_generator_nothing_is_random_whatever_is_asked():
     small = dataset(noise(3, 3, 8, 8))
     plain = next(data.batches(small, 3, 8))
     assert torch.equal(plain, next(data.batches(small, 3, 8, crop_scale=(0.3, 1.0), flip=True)))
-    assert torch.equal(plain, data.normalise(small.images, small.mean, small.std))
+    assert torch.equal(plain, data.normalize(small.images, small.mean, small.std))
 
 
 @pytest.mark.parametrize("scale", [(0.0, 1.0), (0.5, 0.3), (0.5, 1.1), (math.nan, 1.0)])
@@ -513,7 +513,7 @@ def test_any_name_and_any_size_changes_what_is_kept_of_a_folder_too_large_for_me
         tmp_path, monkeypatch):
     monkeypatch.setattr("support.layout.MEMORY_LIMIT", 0)
     for i in range(100):
-        save(tmp_path / "all", f"{i:03}.png", colour=(i, 0, 0), size=(4, 4))
+        save(tmp_path / "all", f"{i:03}.png", color=(i, 0, 0), size=(4, 4))
 
     def fingerprint():
         return data.load(str(tmp_path / "all")).describe()["fingerprint"]
@@ -534,13 +534,13 @@ def test_any_name_and_any_size_changes_what_is_kept_of_a_folder_too_large_for_me
 def test_a_run_whose_images_were_replaced_does_not_resume(tmp_path):
     """Same names, same sizes in pixels, same number: one image in forty was painted over."""
     for i in range(40):
-        save(tmp_path / "images", f"{i}.png", colour=(6 * i, 0, 0))
+        save(tmp_path / "images", f"{i}.png", color=(6 * i, 0, 0))
     words = ["--dataset", str(tmp_path / "images"), "--encoder", "16x1x2", "--predictor", "16x1x2",
              "--batch-size", "8", "--context-size", "4", "--max-steps", "1", "--device", "cpu",
              "--out", str(tmp_path / "run")]
     train.main(words)
     train.main([*words, "--resume"])
-    save(tmp_path / "images", "33.png", colour=(0, 255, 0))
+    save(tmp_path / "images", "33.png", color=(0, 255, 0))
     assert "fingerprint was" in refusal(train.main, [*words, "--resume"])
     train.main([*words, "--resume", "--override"])
 

@@ -51,7 +51,7 @@ def test_rankme_counts_directions_of_equal_strength():
 
 
 def test_knn_by_hand():
-    """Two neighbours at cosine .6 outvote one at .7, unless the temperature is low."""
+    """Two neighbors at cosine .6 outvote one at .7, unless the temperature is low."""
     bank = torch.tensor([[0.6, 0.8], [0.6, -0.8], [0.7, 0.51**0.5]])
     labels, query = torch.tensor([0, 0, 1]), torch.tensor([[1.0, 0.0]])
     assert diagnostics.knn(bank, labels, query, torch.tensor([0]), k=3, temperature=1.0) == 1.0
@@ -87,9 +87,9 @@ def test_a_predictor_of_the_mean_target_scores_exactly_the_baseline():
 def test_measuring_twice_gives_the_same_and_leaves_no_trace():
     model, masking = train.build(from_preset("shapes"))
     images, labels = normal(40, 3, 24, 24), torch.arange(40) % 4
-    state, labelled = torch.get_rng_state(), (images, labels, images, labels)
-    first = diagnostics.measure(model, masking, images, labelled)
-    assert first == diagnostics.measure(model, masking, images, labelled)
+    state, labeled = torch.get_rng_state(), (images, labels, images, labels)
+    first = diagnostics.measure(model, masking, images, labeled)
+    assert first == diagnostics.measure(model, masking, images, labeled)
     assert set(first) == set(diagnostics.MEASURES)
     assert torch.equal(state, torch.get_rng_state())
 
@@ -130,7 +130,7 @@ def test_a_predictor_that_has_learned_nothing_is_noticed_once():
     assert watch(model, masking, 0.9, device)[1] == []
 
 
-def test_stl10s_unlabelled_images_are_judged_by_knn_on_its_labelled_split(monkeypatch):
+def test_stl10s_unlabeled_images_are_judged_by_knn_on_its_labeled_split(monkeypatch):
     """A folder without labels has no such split, and gets no kNN."""
 
     def load(name, split, *_):

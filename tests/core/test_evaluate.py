@@ -18,7 +18,7 @@ from extras import supervised
 
 
 def noise(n=40, classes=4, seed=0, channels=3):
-    """A small labelled data set of noise: uint8 [n, C, 8, 8]."""
+    """A small labeled data set of noise: uint8 [n, C, 8, 8]."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (n, channels, 8, 8), generator=generator, dtype=torch.uint8)
     names = [str(c) for c in range(classes)]
@@ -48,12 +48,12 @@ class Patches(nn.Module):
 def test_features_are_the_mean_token_in_eval_mode(training):
     encoder, dataset = Patches().train(training), noise()
     x = evaluate.features(encoder, dataset, 8, "cpu", batch_size=7)
-    normalised = (dataset.images.float() / 255 - 0.5) / 0.25
-    patches = normalised.unflatten(2, (2, 4)).unflatten(4, (2, 4))
+    normalized = (dataset.images.float() / 255 - 0.5) / 0.25
+    patches = normalized.unflatten(2, (2, 4)).unflatten(4, (2, 4))
     assert x.dtype == torch.float32 and not x.requires_grad
     torch.testing.assert_close(x, patches.mean((2, 4)).flatten(1))
     assert encoder.training == training
-    torch.testing.assert_close(evaluate.pixels(dataset, 8), normalised.flatten(1))
+    torch.testing.assert_close(evaluate.pixels(dataset, 8), normalized.flatten(1))
 
 
 def test_large_images_and_volumes_are_shrunk_for_the_raw_pixels():
@@ -106,8 +106,8 @@ def test_the_probe_does_not_depend_on_the_features_scale_and_origin():
 def test_a_constant_feature_becomes_zero_not_nan(constant):
     (x, y), (test_x, test_y) = blobs(), blobs(seed=1)
     x[:, 3] = test_x[:, 3] = constant
-    for standardised in evaluate.standardise(x, test_x):
-        assert standardised.isfinite().all() and (standardised[:, 3] == 0).all()
+    for standardized in evaluate.standardize(x, test_x):
+        assert standardized.isfinite().all() and (standardized[:, 3] == 0).all()
     assert evaluate.linear_probe(x, y, test_x, test_y)["accuracy"] > 0.98
 
 
@@ -123,7 +123,7 @@ def test_the_probe_is_at_its_optimum_also_with_fewer_images_than_features(n, D, 
                                                                      generator=generator)).argmax(1)
     y[:10] = torch.arange(10) % 5  # every class is there
     found = evaluate.linear_probe(x[:n], y[:n], x[n:], y[n:], strengths=(strength,))
-    scaled, test_x = (part.double().numpy() for part in evaluate.standardise(x[:n], x[n:]))
+    scaled, test_x = (part.double().numpy() for part in evaluate.standardize(x[:n], x[n:]))
     tight = LogisticRegression(C=1 / (strength * n), tol=strength * 1e-7, max_iter=100_000)
     tight.fit(scaled, y[:n])
     ours = evaluate.fit(LogisticRegression(max_iter=10_000), scaled, y[:n], strength)
@@ -198,7 +198,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def run(trained, monkeypatch):
-    """The run folder of I-JEPA; whatever is loaded is labelled noise."""
+    """The run folder of I-JEPA; whatever is loaded is labeled noise."""
     (trained["ijepa"] / "evaluation.json").unlink(missing_ok=True)
     monkeypatch.setattr(data, "load", lambda name, split, *where: noise(200, seed=len(split)))
     return trained["ijepa"]
@@ -289,9 +289,9 @@ def test_runs_of_different_data_have_no_mean(run, monkeypatch):
 
 
 def test_a_run_without_labels_gets_the_measures_that_need_none(run, monkeypatch, capsys):
-    unlabelled = noise(400)
-    unlabelled.labels = None
-    monkeypatch.setattr(data, "load", lambda *_: unlabelled)
+    unlabeled = noise(400)
+    unlabeled.labels = None
+    monkeypatch.setattr(data, "load", lambda *_: unlabeled)
     evaluate.main([str(run), "--device", "cpu"])
     written, printed = json.loads((run / "evaluation.json").read_text()), capsys.readouterr().out
     assert written["features"] == {} and written["measures"]["rank"] > 1
@@ -322,7 +322,7 @@ def test_user_errors_are_one_line(run, monkeypatch, tmp_path):
     def load(name, split, *where):
         if name == "no-test" and split == "test":
             raise UsageError("--split is test")
-        dataset = noise(40, channels=1 if name == "grey" else 3)
+        dataset = noise(40, channels=1 if name == "gray" else 3)
         if name == "no-labels":
             dataset.labels = None
         return dataset
@@ -335,7 +335,7 @@ def test_user_errors_are_one_line(run, monkeypatch, tmp_path):
     monkeypatch.setattr(data, "load", load)
     says("needs test images", "--dataset", "no-test")
     says("needs labels", "--dataset", "no-labels")
-    says("1 channels and 2 axes, the encoder takes 3 and 2", "--dataset", "grey")
+    says("1 channels and 2 axes, the encoder takes 3 and 2", "--dataset", "gray")
     says("two images of one", "--train-images", "4")
     says("--train-images is -1", "--train-images", "-1")
     monkeypatch.setattr(data, "load", lambda *_: data.ImageDataset(

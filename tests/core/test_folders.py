@@ -18,16 +18,16 @@ SIZE = 8  # pixels; side at which folders are read here
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 
 
-def picture(path, colour=RED, size=(20, 16), **options):
-    """Write an image of one colour; returns its path."""
+def picture(path, color=RED, size=(20, 16), **options):
+    """Write an image of one color; returns its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, colour).save(path, **options)
+    Image.new("RGB", size, color).save(path, **options)
     return path
 
 
-def pictures(place, count, colour=RED):
+def pictures(place, count, color=RED):
     for i in range(count):
-        picture(place / f"{i}.png", colour)
+        picture(place / f"{i}.png", color)
 
 
 def load(path, split="train"):
@@ -110,7 +110,7 @@ def test_only_train_is_the_train_split(tmp_path, capsys):
     assert "is read from train only, not from unlabeled" in capsys.readouterr().out
 
 
-def test_a_flat_test_does_not_hide_a_labelled_val(tmp_path, capsys):
+def test_a_flat_test_does_not_hide_a_labeled_val(tmp_path, capsys):
     for name in ("cat", "dog"):
         pictures(tmp_path / "train" / name, 1)
         pictures(tmp_path / "val" / name, 1)

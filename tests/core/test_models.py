@@ -134,7 +134,7 @@ def test_the_context_encoder_sees_only_the_context_patches():
     assert torch.equal(before[masks.context_valid], after[masks.context_valid])
 
 
-def test_predictions_do_not_depend_on_batch_neighbours_or_padding():
+def test_predictions_do_not_depend_on_batch_neighbors_or_padding():
     """One image alone, with nothing padded, gives what it gives in a padded batch (1e-5: other
     shapes, other order of summation)."""
     model, masks, batch = small(), draw(8), images(8)

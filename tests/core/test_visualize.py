@@ -16,7 +16,7 @@ from support import plots
 
 @pytest.fixture(scope="module")
 def toy():
-    """A model of 6 x 6 patches, 12 images as pictures and normalised, and masks of the first 4."""
+    """A model of 6 x 6 patches, 12 images as pictures and normalized, and masks of the first 4."""
     torch.manual_seed(0)
     encoder = Encoder(32, 2, 2, image_size=24, patch_size=4)
     model = IJEPA(encoder, Predictor(32, encoder.grid, 16, 1, 2)).eval()
@@ -28,10 +28,10 @@ def toy():
 # --- pieces ---------------------------------------------------------------------------------------
 
 
-def test_normalised_images_look_as_the_stored_ones():
+def test_normalized_images_look_as_the_stored_ones():
     stored = torch.randint(0, 256, (5, 1, 8, 8), dtype=torch.uint8)
     dataset = data.ImageDataset("toys", stored, None, None, (0.4,), (0.2,))
-    pictures = viz.rgb(viz.normalised(dataset, 8), dataset)
+    pictures = viz.rgb(viz.normalized(dataset, 8), dataset)
     assert pictures.shape == (5, 3, 8, 8) and (pictures - stored / 255).abs().max() < 1e-6
 
 
@@ -81,7 +81,7 @@ def test_a_predictor_that_knows_the_answer_fills_in_what_the_true_features_do(to
             return model.make_targets(images[:4], masks)[0]
 
     gallery = viz.make_gallery(model, images[4:], pictures[4:])
-    figure = viz.neighbours_figure(model, Oracle(), images[:4], pictures[:4], masks, gallery)
+    figure = viz.neighbors_figure(model, Oracle(), images[:4], pictures[:4], masks, gallery)
     assert [axes.get_title() for axes in figure.axes[:5]] == [
         "image", "context", "predicted", "true features", "untrained predictor"]
     predicted, true, oracle = (axes.images[0].get_array() for axes in figure.axes[2:5])
@@ -159,7 +159,7 @@ def test_names_are_shown_as_they_are(tmp_path):
 
 TINY = {"encoder": "16x1x2", "predictor": "8x1x2", "batch_size": 16, "max_steps": 2,
         "device": "cpu"}
-PREDICTOR = {"masks", "predictor_neighbours"}
+PREDICTOR = {"masks", "predictor_neighbors"}
 
 
 @pytest.fixture
@@ -197,12 +197,12 @@ def test_the_untrained_predictor_is_the_one_the_run_began_with(run):
 def test_without_labels_and_rows_what_is_left_out_is_said(run, monkeypatch, capsys):
     load = data.load
 
-    def unlabelled(*args):
+    def unlabeled(*args):
         dataset = load(*args)
         dataset.labels = None
         return dataset
 
-    monkeypatch.setattr(data, "load", unlabelled)
+    monkeypatch.setattr(data, "load", unlabeled)
     (run / "metrics.csv").unlink()
     assert draw(run) == PREDICTOR
     printed = capsys.readouterr().out
@@ -231,7 +231,7 @@ def test_a_run_that_predicts_no_features_gets_the_figures_of_its_encoder(tmp_pat
     monkeypatch.setattr("support.shapes.make.__defaults__", (64,))
     train.train(from_preset("shapes", **TINY, out=str(tmp_path)), Plain(Encoder(16, 1, 2, 24)))
     assert draw(tmp_path) == {"curves", "tsne"}
-    assert "left out masks and predictor_neighbours: only I-JEPA" in capsys.readouterr().out
+    assert "left out masks and predictor_neighbors: only I-JEPA" in capsys.readouterr().out
 
 
 def test_three_images_of_one_class_are_enough(tmp_path):

@@ -95,7 +95,7 @@ def test_the_exercise_says_what_is_right_and_what_speaks_against_a_wrong_name(ca
     right, wrong = letters["leaking patches"], letters["inverted mask"]
     said = repr(check(lambda: {right: "leaking patches", wrong: "sum for mean"}))
     assert said.startswith("failed: every case has the name of its bug\n")
-    assert f"right: {right}\n" in said
+    assert f"named rightly: {right}\n" in said
     assert f"{wrong} is not 'sum for mean': with that bug the loss" in said
     assert said.count("not named: ") == 1
     for letter, name in cases.items():  # each other name has something that speaks against it
@@ -109,4 +109,4 @@ def test_the_exercise_says_what_is_right_and_what_speaks_against_a_wrong_name(ca
     exercises_bugs.print_tests(letters["decayed norms"])
     out = capsys.readouterr().out.splitlines()
     assert len(out) == 10 and [line[:4] for line in out].count("FAIL") == 1
-    assert "norms and biases that are decayed: 32, right is 0" in "\n".join(out)
+    assert "norms and biases that are decayed: 32, should be 0" in "\n".join(out)

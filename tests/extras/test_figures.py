@@ -20,7 +20,7 @@ from predict_and_visualize import make_gallery
 
 @pytest.fixture(scope="module")
 def toy():
-    """A model of 6 x 6 patches, 12 images as pictures and normalised, and masks of the first 4."""
+    """A model of 6 x 6 patches, 12 images as pictures and normalized, and masks of the first 4."""
     torch.manual_seed(0)
     encoder = Encoder(32, 2, 2, image_size=24, patch_size=4)
     model = IJEPA(encoder, Predictor(32, encoder.grid, 16, 1, 2)).eval()
@@ -139,7 +139,7 @@ def test_what_is_reconstructed_is_drawn_between_what_is_seen_and_the_image():
     model, masking = mae.build(from_preset("shapes", encoder="16x1x2", predictor="8x1x2"))
     stored = torch.randint(0, 256, (2, 3, 24, 24), dtype=torch.uint8)
     dataset = data.ImageDataset("toys", stored, None, None, (0.5,) * 3, (0.25,) * 3)
-    images, masks = data.normalise(stored, dataset.mean, dataset.std), masking(2)
+    images, masks = data.normalize(stored, dataset.mean, dataset.std), masking(2)
     figure = figures.reconstruction_figure(model.eval(), images, masks, dataset)
     seen, answer, image = (axes.images[0].get_array() for axes in figure.axes[:3])
     context = figures.core.to_pixels(masks.maps(36)[0], (6, 6), 4)[0].numpy()  # [H, W]
@@ -309,7 +309,7 @@ def test_names_of_classes_are_shown_as_they_are(tmp_path):
 TINY = {"encoder": "16x1x2", "predictor": "8x1x2", "batch_size": 16, "max_steps": 2,
         "device": "cpu"}
 ENCODER = {"tsne", "tokens", "attention", "nearest_images"}
-PREDICTOR = {"masks", "coverage", "predictor_neighbours", "moving_block", "prediction_error"}
+PREDICTOR = {"masks", "coverage", "predictor_neighbors", "moving_block", "prediction_error"}
 EVALUATED = {"comparison", "confusion", "per_class", "low_shot"}
 
 

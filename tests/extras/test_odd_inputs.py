@@ -125,7 +125,7 @@ def test_few_images_of_odd_names_are_evaluated_and_drawn(run_of, capsys):
     assert found["class_names"] == ["$5 note", "_日本"]
     figures.main([str(out)])  # the core's figures and all others
     drawn = {path.stem for path in (out / "figures").glob("*.png")}
-    assert drawn >= {"masks", "predictor_neighbours", "curves", "tsne", "tokens", "attention",
+    assert drawn >= {"masks", "predictor_neighbors", "curves", "tsne", "tokens", "attention",
                      "nearest_images", "comparison", "confusion", "per_class", "moving_block"}
     assert "Glyph" not in capsys.readouterr().err
 

@@ -93,16 +93,16 @@ def test_an_answer_is_the_models_output_and_the_galleries_nearest(site):
     answer, images = answer_of(site, "trained"), pictures(site)
     model, masks = answer.model, playground.OneBlock((6, 6), BLOCK)(1)
     found = answer(images[:1], **vars(masks))
-    normalised = (images - 0.498) / 0.318
-    output = model(normalised[:1], masks)
+    normalized = (images - 0.498) / 0.318
+    output = model(normalized[:1], masks)
     predicted, true = output.predictions[0, 0], output.targets[0, 0]  # [Nt, D]
     assert torch.allclose(found["error"], 1 - F.cosine_similarity(predicted, true, dim=1))
-    others = normalised[playground.EXAMPLES:]
+    others = normalized[playground.EXAMPLES:]
     gallery = core.make_gallery(model, others, images[playground.EXAMPLES:])
     for name, features in (("predicted", predicted), ("true", true)):
         expected = core.nearest(features, gallery.features)[:, 0]
         assert torch.equal(found[f"{name}_patches"], expected)
-    pooled = model.target_encoder(normalised).mean(1)  # [n, D]
+    pooled = model.target_encoder(normalized).mean(1)  # [n, D]
     others = pooled[playground.EXAMPLES:]
     assert torch.equal(found["images"], core.nearest(pooled[:1], others, playground.NEAREST)[0])
     usual = gallery.features.unflatten(0, (-1, 36)).mean(0)[masks.targets[0, 0]]  # [Nt, D]
@@ -251,8 +251,8 @@ def test_the_block_is_dragged_and_the_answer_is_pytorchs(page, site):
         for column, name in ((2, "error"), (3, "usual_error")):
             torch.testing.assert_close(found[:, column], expected[name], rtol=0, atol=1e-3)
         labels = json.loads((site / "built/about.json").read_text())["labels"]
-        neighbours = page.eval_on_selector_all("#neighbours canvas", "all => all.map(c => c.title)")
-        assert neighbours == [labels[playground.EXAMPLES + i] for i in expected["images"]]
+        neighbors = page.eval_on_selector_all("#neighbors canvas", "all => all.map(c => c.title)")
+        assert neighbors == [labels[playground.EXAMPLES + i] for i in expected["images"]]
         filled = read(page, "#predicted canvas")  # [3, H, W]
         patches = core.patchify(pictures(site), 4)  # [n, N, 3*p*p]
         right = patches[playground.EXAMPLES:].flatten(0, 1)[expected["predicted_patches"]]

@@ -359,7 +359,7 @@ def test_a_pipeline_sees_an_image_as_our_encoder_does(encoder, tmp_path):
     pixels = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
     image = Image.fromarray(pixels[0].permute(1, 2, 0).numpy())
     extract = transformers.pipeline("image-feature-extraction", str(tmp_path))
-    expected = encoder(data.normalise(pixels, *data.STATISTICS["cifar10"]))
+    expected = encoder(data.normalize(pixels, *data.STATISTICS["cifar10"]))
     assert_close(expected, torch.tensor(extract(image)))
     larger = image.resize((48, 40), Image.Resampling.BILINEAR)  # is resized to 32 pixels
     assert torch.tensor(extract(larger)).shape == expected.shape
@@ -463,8 +463,8 @@ PIXELS = torch.randint(0, 256, (4, 3, 24, 24), dtype=torch.uint8,
 
 
 def images(dataset):
-    """The same images, normalised as those of a data set."""
-    return data.normalise(PIXELS, *data.STATISTICS[dataset])
+    """The same images, normalized as those of a data set."""
+    return data.normalize(PIXELS, *data.STATISTICS[dataset])
 
 
 @torch.no_grad()
@@ -484,7 +484,7 @@ def test_all_kinds_become_run_folders_that_compute_the_same(run, tmp_path):
     encoders, config, _ = evaluate.load_encoders(tmp_path / "whole")
     whole, masking, *_ = train.load_run(tmp_path / "whole")  # the predictor too
     masks = masking(4, torch.Generator().manual_seed(0))
-    inputs = images("folder")  # the official code's normalisation
+    inputs = images("folder")  # the official code's normalization
     for name in ("target", "context"):
         torch.testing.assert_close(encoders[name](inputs),
                                    getattr(model, f"{name}_encoder")(inputs))
@@ -493,9 +493,9 @@ def test_all_kinds_become_run_folders_that_compute_the_same(run, tmp_path):
 
 @torch.no_grad()
 @pytest.mark.parametrize("named", [True, False])
-def test_an_encoder_computes_the_same_from_the_images_of_a_data_set_that_is_normalised_otherwise(
+def test_an_encoder_computes_the_same_from_the_images_of_a_data_set_that_is_normalized_otherwise(
         named, official, tmp_path):
-    """The official code normalised by ImageNet's statistics; evaluate.py by the data set's."""
+    """The official code normalized by ImageNet's statistics; evaluate.py by the data set's."""
     dataset, (mean, std) = "cifar10", data.STATISTICS["cifar10"]
     pixels = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
     if not named:  # data.load measures an .npz
@@ -509,10 +509,10 @@ def test_an_encoder_computes_the_same_from_the_images_of_a_data_set_that_is_norm
     model = pretrained.from_official(official[0])
     for name in ("target", "context"):
         expected = getattr(model, f"{name}_encoder")(
-            data.normalise(pixels, *data.STATISTICS["folder"]))
-        found = encoders[name](data.normalise(pixels, mean, std))
+            data.normalize(pixels, *data.STATISTICS["folder"]))
+        found = encoders[name](data.normalize(pixels, mean, std))
         torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
-        other = encoders[name](data.normalise(pixels, (0.5,) * 3, std))
+        other = encoders[name](data.normalize(pixels, (0.5,) * 3, std))
         assert (other - expected).abs().max() > 0.01
 
 

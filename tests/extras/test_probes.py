@@ -175,7 +175,7 @@ def test_fine_tuning_takes_any_number_of_images(n):
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """A run folder that evaluate.py has evaluated; the data is labelled noise with two folds."""
+    """A run folder that evaluate.py has evaluated; the data is labeled noise with two folds."""
 
     def load(name, split, *where):
         dataset = noise(200, seed=len(split))

@@ -295,7 +295,7 @@ def test_features_that_are_only_turned_keep_their_colors():
     assert np.allclose(after, before, atol=1e-4)
 
 
-def test_neighbours_are_the_nearest_others_and_their_classes_are_counted():
+def test_neighbors_are_the_nearest_others_and_their_classes_are_counted():
     features = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0], [1.0, 0.0]])
     found = film.nearest_others(features, 2)
     assert found[0].tolist() == [4, 1] and found[2].tolist() == [3, 1]
@@ -304,7 +304,7 @@ def test_neighbours_are_the_nearest_others_and_their_classes_are_counted():
     assert all_others == pytest.approx((3 * 2 + 2 * 1) / 5 / 4)
 
 
-def test_neighbours_of_the_own_class_are_framed():
+def test_neighbors_of_the_own_class_are_framed():
     cells, framed = torch.full((1, 2, 3, 8, 8), 0.5), torch.tensor([[False, True]])
     content = re.search(r"base64,([^\"]*)", film.sheet(cells, framed, ""))[1]
     pixels = np.array(Image.open(BytesIO(b64decode(content))))

@@ -31,12 +31,12 @@ def test_it_learns_the_labels_and_needs_them(tmp_path):
     labels = np.arange(400) % 2
     images = np.random.default_rng(0).integers(0, 120, (400, 24, 24, 3))
     images = (images + 100 * labels[:, None, None, None]).astype(np.uint8)
-    np.savez(tmp_path / "labelled.npz", train_images=images, train_labels=labels)
-    np.savez(tmp_path / "unlabelled.npz", train_images=images)
+    np.savez(tmp_path / "labeled.npz", train_images=images, train_labels=labels)
+    np.savez(tmp_path / "unlabeled.npz", train_images=images)
     out = tmp_path / "run"
-    supervised.main([*TINY, "--dataset", str(tmp_path / "labelled.npz"), "--max-steps", "60",
+    supervised.main([*TINY, "--dataset", str(tmp_path / "labeled.npz"), "--max-steps", "60",
                      "--out", str(out)])
     rows = list(csv.DictReader(open(out / "metrics.csv")))
     assert float(rows[-1]["loss"]) < 0.1 and float(rows[-1]["knn"]) > 0.9
     with pytest.raises(UsageError, match="has no labels"):
-        supervised.main([*TINY, "--dataset", str(tmp_path / "unlabelled.npz"), "--out", str(out)])
+        supervised.main([*TINY, "--dataset", str(tmp_path / "unlabeled.npz"), "--out", str(out)])

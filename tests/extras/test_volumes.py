@@ -23,7 +23,7 @@ def drawn():
 
 @pytest.fixture(scope="module")
 def toy():
-    """A model of 4 x 4 x 4 patches, 8 volumes as pictures and normalised, masks of the first 2."""
+    """A model of 4 x 4 x 4 patches, 8 volumes as pictures and normalized, masks of the first 2."""
     torch.manual_seed(0)
     encoder = Encoder(32, 2, 2, image_size=(20, 20, 20), patch_size=5, channels=1)
     model = IJEPA(encoder, Predictor(32, encoder.grid, 16, 1, 2)).eval()
@@ -177,10 +177,10 @@ def test_a_run_on_volumes_is_trained_and_drawn_by_slice(tmp_path, monkeypatch, c
     run = viz.load(viz.parse([out, "--device", "cpu"], ""))
     drawn = dict(volumes.predictor_figures(run))
     assert len(drawn["masks"].axes) == 4 * 6  # one volume, four slices; image, context, M = 4
-    assert len(drawn["predictor_neighbours"].axes) == 4 * 5
+    assert len(drawn["predictor_neighbors"].axes) == 4 * 5
     figures.main([out, "--device", "cpu"])
     names = {path.stem for path in (tmp_path / "figures").glob("*.png")}
-    assert names == {"masks", "coverage", "predictor_neighbours", "prediction_error", "curves",
+    assert names == {"masks", "coverage", "predictor_neighbors", "prediction_error", "curves",
                      "tsne", "tokens", "attention", "nearest_images"}
     assert "left out moving_block: it is drawn for images" in capsys.readouterr().out
 

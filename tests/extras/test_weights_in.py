@@ -49,12 +49,12 @@ def refused(match, function, *arguments):
     {"do_rescale": False}, {"do_rescale": False, "image_mean": [124, 116, 104], "image_std": 58.0},
     {"do_rescale": False, "do_normalize": False}, {"image_mean": 0.5, "image_std": 0.25},
     {"image_mean": None, "image_std": None}, {"do_rescale": None, "do_normalize": None}], ids=str)
-def test_images_are_normalised_as_by_transformers_own_processor(folder, settings):
+def test_images_are_normalized_as_by_transformers_own_processor(folder, settings):
     change(folder / "preprocessor_config.json", **settings)
     processor = transformers.AutoImageProcessor.from_pretrained(folder)
     expected = processor(list(PIXELS), return_tensors="pt").pixel_values.float()
     found = pretrained.load(folder)
-    ours = data.normalise(PIXELS, found.mean, found.std)
+    ours = data.normalize(PIXELS, found.mean, found.std)
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
 
 
