@@ -1,4 +1,4 @@
-# make demo       pretrain on synthetic shapes, evaluate, draw figures, write a page, all in runs/demo (CPU, minutes)
+# make demo       pretrain on synthetic shapes, evaluate, draw figures, write a page, all in runs/demo (CPU, 8 minutes)
 # make test       the whole test suite
 # make playground the demo's I-JEPA in the browser; MODEL=runs/mine for another run (needs npm)
 # make test-gpu   what only a CUDA GPU can show (a minute or two on one)
