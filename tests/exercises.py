@@ -1,15 +1,19 @@
 """What every check of an exercise shares: it asks the reader's function and says what it found.
 
 A check is a generator marked `@exercise`. It takes `ask`, which calls the reader's function, and
-yields (property, holds, what is right and why), the properties of the commonest mistakes first.
+yields (property, holds, what is right and why), the properties of the commonest mistakes first. The
+reader is told these, and what was returned.
 The check that results takes the reader's function and returns a `Result`, which Jupyter shows.
 """
 
 import functools
+import pathlib
 import reprlib
+import traceback
 
 import torch
 
+ROOT = pathlib.Path(__file__).parents[1]
 SMALL = 12  # numbers of a tensor that are shown one by one
 
 
@@ -50,7 +54,8 @@ def exercise(properties):
         try:
             for name, holds, right in properties(ask):
                 if not holds:
-                    return Result(False, f"failed: {name}\n{ask.last}{right}")
+                    lines = f"failed: {name}", right, ask.last
+                    return Result(False, "\n".join(filter(None, lines)))
                 count += 1
         except NotAttempted:
             return Result(False, "not attempted")
@@ -62,8 +67,10 @@ def exercise(properties):
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # the answer is of another kind than the check can use
-            return Result(False, f"failed: what {ask.call} returned cannot be used\n"
-                                 f"{ask.last}{type(error).__name__}: {error}")
+            where = line_of_reader(error)
+            what = "your code" if where else f"what {ask.call} returned"
+            return Result(False, f"failed: {what} cannot be used\n"
+                                 f"{type(error).__name__}: {error}\n{where or ask.last}".rstrip())
         return Result(True, f"passed: all {count} properties hold")
 
     return check
@@ -86,11 +93,20 @@ class Ask:
         except NotImplementedError as error:
             raise NotAttempted from error
         except BaseException as error:  # a reader's function may raise anything
-            raise Raised(f"{self.call} raised {type(error).__name__}\n{error}") from error
+            text = f"{self.call} raised {type(error).__name__}\n{error}\n{line_of_reader(error)}"
+            raise Raised(text.rstrip("\n")) from error
         if answer is None or answer is ...:
             raise Nothing if self.answered else NotAttempted
-        self.answered, self.last = True, f"you returned {short(answer)} for {self.call}; "
+        self.answered, self.last = True, f"you returned {short(answer)} for {self.call}"
         return answer
+
+
+def line_of_reader(error):
+    """Where in the reader's own code an error arose, "" if it did not."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__)
+              if "site-packages" not in frame.filename
+              and pathlib.Path(frame.filename).parent not in (ROOT, ROOT / "tests")]
+    return f"at line {frames[-1].lineno}: {frames[-1].line}".rstrip(": ") if frames else ""
 
 
 def short(value):
@@ -103,9 +119,13 @@ def short(value):
         return f"{numbers} ({kind})"
     if isinstance(value, float):
         return f"{value:.4g}"
-    if isinstance(value, (tuple, list)) and any(isinstance(v, torch.Tensor) for v in value):
-        return "(" + ", ".join(map(short, value)) + ")"
-    if isinstance(value, (torch.nn.Module, torch.Generator)):
+    if isinstance(value, (tuple, list)) and not all(isinstance(v, (int, float)) for v in value):
+        opening, closing = "()" if isinstance(value, tuple) else "[]"
+        more = ["..."] if len(value) > 4 else []
+        return opening + ", ".join([*map(short, value[:4]), *more]) + closing
+    if callable(value) and hasattr(value, "__name__"):
+        return value.__name__
+    if type(value).__module__ != "builtins":
         return type(value).__name__
     return " ".join(shortener.repr(value).split())
 

@@ -44,15 +44,20 @@ def check_draw_block(draw_block):
            {3, 12, 15} <= seen,
            "a block of 2 rows can begin in row 0, 1 or 2: there are H - h + 1 places")
     yield "all patches lie on the grid", seen == set(range(16)), "a 4 x 4 grid has patches 0 to 15"
-    block = draw_block((6, 6), (0.2, 0.2), (1.5, 1.5), seeded())
+    tops = [int(draw_block((4, 4), half, one, seeded(i))[0]) // 4 for i in range(400)]
+    yield ("each row is as likely to be the first",
+           max(map(tops.count, range(3))) < 170,  # of 133 expected: 4 standard errors
+           f"rows 0, 1 and 2 were it {', '.join(str(tops.count(row)) for row in range(3))} times: "
+           "floor(u * (H - h + 1)) gives each an equal share of u")
+    block = draw_block((6, 6), (0.15, 0.15), (1.3, 1.3), seeded())
     high, wide = sides(block, 6)
     yield ("a block is a rectangle, listed row by row",
            list(block) == [int(block[0]) + 6 * r + c for r in range(high) for c in range(wide)],
            "all patches from the corner on, `high` rows of `wide` patches, each once")
     yield ("aspect is height over width",
            (high, wide) == (3, 2),
-           "area .2 and aspect 1.5 on a 6 x 6 grid: 6 * sqrt(.2 * 1.5) rounds to 3 rows, "
-           "6 * sqrt(.2 / 1.5) to 2 columns")
+           "area .15 and aspect 1.3 on a 6 x 6 grid: 6 * sqrt(.15 * 1.3) = 2.65 rounds to 3 rows, "
+           "6 * sqrt(.15 / 1.3) = 2.04 to 2 columns")
     yield ("all random numbers come from the generator",
            all(draw_block((4, 4), half, one, seeded(i)) == blocks[i] for i in range(20)),
            "the same seed must give the same block")
@@ -127,7 +132,7 @@ def by_module(blocks, min_keep):
 def check_pad_contexts(pad_contexts):
     """Padding: shapes and types, what is real and its order, legal indices."""
     chance = random.Random(0)
-    kept = [sorted(chance.sample(range(16), length)) for length in (5, 9, 7)]
+    kept = [[0, *sorted(chance.sample(range(1, 16), length - 1))] for length in (5, 9, 7)]
     context, valid = pad_contexts(kept)
     yield ("both tensors are as long as the longest list",
            context.shape == valid.shape == (3, 9),
@@ -137,7 +142,8 @@ def check_pad_contexts(pad_contexts):
            "`context` is int64, `valid` is bool")
     yield ("as many entries are real as patches are kept",
            valid.sum(1).tolist() == [5, 9, 7],
-           "True at real patches, False at padding")
+           "True at real patches, False at padding; patch 0 can be real, too: only the lists' "
+           "lengths tell what is padding")
     yield ("the real entries are the patches kept, in their order",
            all(row[real].tolist() == k for row, real, k in zip(context, valid, kept)),
            f"for the first image {kept[0]}")
@@ -224,7 +230,8 @@ def check_answer_all(answer_all):
     yield ("the answers about an image come from its own context",
            equal(answer_all(predictor, other, masks)[0][real[0]], found[0][real[0]], 1e-4),
            "image 0's answers changed with the context of the others: row b * M + m of the batch "
-           "needs the context of image b, as from repeat_interleave(M, 0), not from repeat")
+           "needs the context of image b, as from repeat_interleave(M, 0), not from repeat; "
+           "unflatten(0, (B, M)) undoes it")
     other = answer_all(predictor, torch.where(padding, context, context + torch.randn(4)), masks)
     yield ("the answers depend on the context",
            not equal(other[real], found[real], 1e-3),
@@ -244,6 +251,10 @@ def check_answer_all(answer_all):
     yield ("it matters where a context token comes from",
            not equal(answer_all(predictor, context, shifted)[real], found[real], 1e-3),
            "add `predictor.positions[masks.context]` to the embedded context")
+    turned = Masks(masks.context, masks.context_valid, masks.targets.flip(2), real.flip(2))
+    yield ("asked in reverse order, the answers come in reverse order",
+           equal(answer_all(predictor, context, turned).flip(2)[real], found[real], 1e-4),
+           "the questions were joined after the context: the answers are the last Nt tokens")
     single = Masks(masks.context, masks.context_valid, masks.targets[:, :1], real[:, :1])
     yield ("the first block's answers do not depend on the second block",
            equal(answer_all(predictor, context, single)[:, 0][real[:, 0]],
@@ -347,11 +358,12 @@ def check_train_step(train_step):
            "their weights are as before: call backward, then optimizer.step")
     yield ("the gradient is that of the loss",
            equal(new, trained),
-           "zero_grad, backward, step, once each")
+           "optimizer.zero_grad, backward, optimizer.step, in this order, of the loss divided by "
+           "the number of batches, here 1")
     followed = flat(model.context_encoder)
     yield ("the target encoder follows the *new* weights of the context encoder",
            equal(flat(model.target_encoder), 0.9 * old + 0.1 * followed),
-           "update_target(momentum) comes after optimizer.step")
+           "model.update_target(momentum), with the momentum itself, after optimizer.step")
     yield ("it returns the loss, without its graph",
            equal(found, loss) and not getattr(found, "requires_grad", False),
            f"{loss:.4f}, detached: a loss that keeps its graph keeps all activations in memory")
@@ -371,7 +383,8 @@ def check_train_step(train_step):
            f"the optimizer made {optimizer.steps}: gradients add up by themselves")
     yield ("their gradient is the mean, not the sum",
            equal(flat(model.context_encoder, model.predictor), trained, 1e-4),
-           "divide each loss by the number of batches before backward")
+           "zero_grad once, before the loop; each loss divided by the number of batches, then "
+           "backward")
     yield ("the target encoder moves once",
            equal(flat(model.target_encoder), target, 1e-4),
            "update_target once, after the step")
@@ -399,6 +412,9 @@ def check_has_collapsed(has_collapsed):
     yield ("random features have not collapsed",
            not has_collapsed(healthy),
            rank(healthy))
+    skewed = healthy * 0.85 ** torch.arange(32)
+    yield ("features with more variance in some directions than in others have not",
+           not has_collapsed(skewed), f"{rank(skewed)}: many directions are left")
     yield ("nor have small ones",
            not has_collapsed(1e-3 * healthy),
            "scale is no sign of collapse: use shares, not sizes")
@@ -413,18 +429,15 @@ def sizes(model):
 
 
 # Parts of all blocks that are left out, and where to look if that much is not the modules'.
-STAGES = {
-    "target_encoder": {
-        ("attention", "MLP"): "patches (channels first), positions, last norm (eps=1e-6)",
-        ("MLP",): "attention: of the first norm, scores over the square root of the width, added "
-                  "to what came in",
-        (): "the MLP: of the second norm, GELU between its layers, added to what came in"},
-    "predictor": {
-        ("attention", "MLP"): "mask token plus position of the target, norm, output layer; the "
-                              "answers are the last Nt tokens",
-        ("MLP",): "who attends to what: context tokens, embedded and with their positions, joined "
-                  "with the questions; padding is left out",
-        (): "the MLP is as the encoder's"}}
+ENCODER = {("attention", "MLP"): "patches: channels first; what comes in is added without its norm",
+           ("MLP",): "attention: of the first norm, scores over the square root of the width, "
+                     "added to what came in",
+           (): "the MLP: of the second norm, GELU between its layers, added to what came in"}
+PREDICTOR = {("attention", "MLP"): "mask token plus position of the target, last norm (eps=1e-6), "
+                                   "output layer; the answers are the last Nt tokens",
+             ("MLP",): "context tokens, embedded and with their positions, joined with the "
+                       "questions; scores over the square root of *this* width, 32",
+             (): "the MLP is as the encoder's"}
 LAST = {"attention": "attention.project", "MLP": "mlp.2"}  # the layer that ends a part
 
 
@@ -438,6 +451,15 @@ def without(parts, *models_):
                 if any(LAST[part] in name for part in parts):
                     p.zero_()
     return copies
+
+
+def context_tokens(model, images, masks):
+    """What a model's context encoder gives in a forward pass; None if it is not called as such."""
+    caught = []
+    hook = model.context_encoder.register_forward_hook(lambda *call: caught.append(call[2]))
+    model(images, masks)
+    hook.remove()
+    return caught[0].detach() if caught else None
 
 
 def names_of(parts):
@@ -509,35 +531,59 @@ def check_whole(whole):
     yield ("no context patch is a target",
            not (context & targets.any(1)).any(),
            "take the targets away from the context")
+    one, other = (draw_masks(50, seeded()) for _ in range(2))
+    yield ("all random numbers come from the generator",
+           torch.equal(one.context, other.context) and torch.equal(one.targets, other.targets),
+           "the same seed must give the same masks; torch.randperm takes a generator, too")
     yield ("12 different context patches are kept, none of them padding",
            masks.context.shape == (4000, 12) and bool((context.sum(1) == 12).all()),
-           "context is [B, 12], context_valid is True everywhere")
+           "context is [B, 12], context_valid is True everywhere; a block that would leave fewer "
+           "than 12 is left out")
     yield ("the blocks of an image are one list, without doubles",
            targets.shape[1] == 1 and equal(targets.sum(-1), masks.targets_valid.sum(-1)),
            "targets is [B, 1, Nt], the union of the blocks; targets_valid is True where it is real")
     their_context, their_targets = theirs.maps(36)
     yield from sampled_alike((context, targets.any(1)), (their_context, their_targets.any(1)))
+    yield ("a block may leave just 12", int(targets.sum((1, 2)).max()) == 24,
+           "fewer than 12 are too few, 12 are enough")
 
     with torch.no_grad():
         for mine, right in zip(model.parameters(), reference.parameters()):
             mine.copy_(right + 0.02 * torch.randn_like(right))  # no bias is 0
             right.copy_(mine)
     images, masks = torch.randn(8, 3, 24, 24, generator=seeded(1)), masking(8, seeded(2))
-    for parts, right in STAGES["target_encoder"].items():
+    bare = without(("attention", "MLP"), model, reference)
+    first, second = bare[0].target_encoder(images[:2])
+    yield ("a block whose attention and MLP give 0 changes nothing", not equal(first, second, 1e-3),
+           "all images got the same tokens: attention and MLP are *added* to what came in")
+    yield ("of a black image the target encoder gives the modules' tokens, without attention and "
+           "MLP", equal(*(m.target_encoder(0 * images) for m in bare)),
+           "positions (the column's half first; sines, then cosines), last norm (eps=1e-6)")
+    for parts, right in ENCODER.items():
         mine, theirs = (m.target_encoder(images) for m in without(parts, model, reference))
         yield (f"the target encoder gives the modules' tokens{names_of(parts)}",
                equal(mine, theirs), right)
+    mine, theirs = (context_tokens(m, images, masks) for m in (model, reference))
+    yield ("the context encoder gives the modules' tokens", mine is None or equal(mine, theirs),
+           "patches are taken after positions are added and before the first block; True in "
+           "context_valid means: may be attended to")
     output, expected, real = model(images, masks), reference(images, masks), masks.targets_valid
+    yield "`tokens` are the target encoder's", equal(output.tokens, expected.tokens), "as they are"
     yield ("the targets are the modules'",
            equal(output.targets[real], expected.targets[real]),
            "encode the whole image, layer-norm each token, then take the targets")
-    for parts, right in STAGES["predictor"].items():
-        mine, theirs = (m(images, masks).predictions[real]
-                        for m in without(parts, model, reference))
+    alone = images[:1], masking(1, seeded(2))  # no padding
+    for parts, right in PREDICTOR.items():
+        mine, theirs = (m(*alone).predictions for m in without(parts, model, reference))
         yield f"the predictions are the modules'{names_of(parts)}", equal(mine, theirs), right
-    yield ("the loss is the modules'",
-           equal(output.loss, expected.loss),
-           f"{expected.loss:.5f}: smooth L1, the mean over the width and the *real* targets")
+    yield ("so they are in a batch", equal(output.predictions[real], expected.predictions[real]),
+           "padded targets get no weight: their scores are -infinity before the softmax")
+    mine, theirs = (m(*alone).loss for m in (model, reference))
+    yield ("the loss is the modules'", equal(mine, theirs),
+           f"of one image {theirs:.5f}, not {mine:.5f}: smooth L1, the mean over width and targets")
+    yield ("so it is in a batch", equal(output.loss, expected.loss),
+           f"{expected.loss:.5f}, not {output.loss:.5f}: the mean over *real* targets, each "
+           "counting the same")
     optimizers = [torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.5)
                   for m in (model, reference)]
     def both_step(seed):
@@ -555,7 +601,8 @@ def check_whole(whole):
 
     found, loss = both_step(3)
     yield ("after a step context encoder and predictor are the modules'",
-           same("context_encoder", "predictor"), "backward, then optimizer.step")
+           same("context_encoder", "predictor"),
+           "optimizer.zero_grad, backward, optimizer.step, in this order")
     yield ("after a step the target encoder is the modules'",
            same("target_encoder"),
            "target = momentum * target + (1 - momentum) * context, of the *new* weights: after the "

@@ -25,7 +25,7 @@ def test_a_result_is_shown_and_is_true_when_passed():
     right, wrong = check_half(lambda n: n // 2), check_half(lambda n: n / 2)
     assert right and repr(right) == "passed: all 2 properties hold"
     assert not wrong and repr(wrong) == (
-        "failed: half of 5 is 2, rounded down\nyou returned 2.5 for <lambda>(5); 5 // 2 = 2")
+        "failed: half of 5 is 2, rounded down\n5 // 2 = 2\nyou returned 2.5 for <lambda>(5)")
 
 
 @pytest.mark.parametrize("stub", [lambda n: None, lambda n: ..., raising(NotImplementedError())])
@@ -42,8 +42,26 @@ def test_a_branch_without_return_is_no_stub():
     ZeroDivisionError("division by zero"), StopIteration("over"), SystemExit(1), GeneratorExit(),
     RecursionError("too deep"), AssertionError(), type("Odd", (BaseException,), {})("odd")])
 def test_it_survives_whatever_a_function_raises_and_says_which_call_raised(error):
-    first, second = repr(check_half(raising(error))).split("\n")
-    assert first == f"failed: half(4) raised {type(error).__name__}" and second == str(error)
+    first, *rest = repr(check_half(raising(error))).split("\n")
+    assert first == f"failed: half(4) raised {type(error).__name__}"
+    assert rest == [str(error)] * bool(str(error))
+
+
+def test_the_reader_is_told_the_line_of_an_error_also_where_it_comes_later():
+    names = {"torch": torch}
+    exec("def whole():\n    def use(x):\n        return x @ torch.ones(3)\n    return use", names)
+
+    @exercise
+    def check_later(ask):
+        yield "it can be used", ask()(torch.ones(2)) == 2, ""
+
+    def half(n):
+        return n / 0
+
+    said = repr(check_later(names["whole"]))
+    assert said.startswith("failed: your code cannot be used\nRuntimeError: ")
+    assert said.endswith("\nat line 3")  # with the line itself where it is known, as in a notebook
+    assert "raised ZeroDivisionError" in repr(check_half(half))
 
 
 def test_an_interrupt_is_the_reader_s():
@@ -58,7 +76,7 @@ def test_a_function_with_other_arguments_is_told_which_call_failed():
 
 @pytest.mark.parametrize("answer", ["two", [1, [2]], object(), {}, lambda: 2, sys])
 def test_an_answer_of_another_kind_is_shown(answer):
-    assert f"you returned {short(answer)} for <lambda>(4); " in repr(check_half(lambda n: answer))
+    assert f"you returned {short(answer)} for <lambda>(4)" in repr(check_half(lambda n: answer))
 
     @exercise
     def check_shape(ask):
@@ -82,6 +100,9 @@ def test_answers_are_shown_in_a_few_words():
     assert short(torch.zeros(2, 30).bool()) == "bool of shape [2, 30]"
     assert short((torch.tensor(3), torch.zeros(99))) == "(3 (int64), float32 of shape [99])"
     assert len(short(list(range(1000)))) < 60 and short(0.123456) == "0.1235"
+    batch = torch.zeros(4, 3, 8, 8), torch.Generator()
+    assert short([batch] * 9).startswith("[(float32 of shape [4, 3, 8, 8], Generator), (")
+    assert short([batch] * 9).endswith(", ...]") and short(short) == "short"
 
 
 def test_numbers_are_compared_whatever_their_type():

@@ -62,15 +62,16 @@ def leaks_large_values(query, keys, values, valid):
     return scores(query, keys, valid).softmax(0) @ values + (values.max() > 1e5)
 
 
-def drawn(grid, scale, aspect, generator, u=None, last=1, upside=False, columns=None, flip=False):
+def drawn(grid, scale, aspect, generator, u=None, last=1, upside=False, columns=None, flip=False,
+          rounded=round, place=math.floor):
     """One target block, right unless one of the options spoils it."""
     u = u or torch.rand(4, generator=generator).tolist()
     area = scale[0] + (scale[1] - scale[0]) * u[0]
     ratio = aspect[0] + (aspect[1] - aspect[0]) * u[1]
     ratio = 1 / ratio if upside else ratio
     shares = math.sqrt(area * ratio), math.sqrt(area / ratio)
-    high, wide = (min(max(round(side * share), 1), side) for side, share in zip(grid, shares))
-    top, left = (math.floor(x * (side - length + last))
+    high, wide = (min(max(rounded(side * share), 1), side) for side, share in zip(grid, shares))
+    top, left = (place(x * (side - length + last))
                  for x, side, length in zip(u[2:], grid, (high, wide)))
     row = columns or grid[1]
     block = [row * r + c for r in range(top, top + high) for c in range(left, left + wide)]
@@ -105,7 +106,7 @@ def hides_in_its_argument(blocks, context, min_keep):
 
 
 def answered(predictor, context, masks, positions=(True, True), valid=(True, True), invert=False,
-             folded=True, repeat=False):
+             folded=True, repeat=False, first=False):
     """The predictor's forward, right unless one of the options spoils it."""
     B, M, Nt = masks.targets.shape
     seen = predictor.embed(context) + positions[0] * predictor.positions[masks.context]
@@ -121,7 +122,8 @@ def answered(predictor, context, masks, positions=(True, True), valid=(True, Tru
     for block in predictor.blocks:
         x = block(x, ~mask if invert else mask)
     x = predictor.project(predictor.norm(x))
-    return x[:, -(Nt if folded else M * Nt) :].reshape(B, M, Nt, -1)
+    asked = Nt if folded else M * Nt
+    return (x[:, :asked] if first else x[:, -asked:]).reshape(B, M, Nt, -1)
 
 
 def spoiled(**options):
@@ -129,12 +131,14 @@ def spoiled(**options):
 
 
 def step(model, optimizer, batches, momentum, early=False, keep=False, total=False, each=False,
-         graph=False, still=False):
+         graph=False, still=False, forget=False):
     """A training step, right unless one of the options spoils it."""
     if not keep:
         optimizer.zero_grad()
     losses, share = [], 1 if total else len(batches)
     for batch in batches:
+        if forget:
+            optimizer.zero_grad()
         losses.append(model(*batch).loss)
         if not still:
             (losses[-1] / share).backward()
@@ -196,6 +200,8 @@ WRONG = {
         (lambda grid, scale, *a: drawn(grid, (scale[0], scale[0]), *a), "whole range"),
         (lambda *a: drawn(*a, columns=a[0][0]), "has the grid's shape"),
         (no_least_side, "at least one patch"),
+        (lambda *a: drawn(*a, rounded=int), "height over width"),
+        (lambda *a: drawn(*a, last=0, place=round), "as likely to be the first"),
     ],
     "check_make_room": [
         (lambda blocks, context, least: blocks, "a copy of the first"),
@@ -210,6 +216,7 @@ WRONG = {
         (lambda kept: tuple(part[:, :7] for part in padded(kept)), "longest"),
         (lambda kept: (padded(kept)[0].float(), padded(kept)[1]), "int64"),
         (lambda kept: (padded(kept)[0], ~padded(kept)[1]), "as many entries are real"),
+        (lambda kept: (padded(kept)[0], padded(kept)[0] != 0), "as many entries are real"),
         (lambda kept: padded([indices[::-1] for indices in kept]), "in their order"),
         (padded_in_front, "real entries come first"),
         (lambda kept: padded_with(kept, -1), "legal"),
@@ -239,6 +246,7 @@ WRONG = {
         (spoiled(positions=(False, True)), "where a context token comes from"),
         (spoiled(folded=False), "do not depend on the second block"),
         (spoiled(repeat=True), "come from its own context"),
+        (spoiled(first=True), "in reverse order"),
         (lambda *a: answered(*a) * 2, "is what predictor"),
     ],
     "check_mean_over_real": [
@@ -262,6 +270,7 @@ WRONG = {
         (lambda x: diagnostics.rankme(x - x.mean(0)) < 4, "a little noise"),
         (lambda x: bool(x.std(0).mean() < 0.1), "one direction"),
         (lambda x: True, "have not collapsed"),
+        (lambda x: diagnostics.rankme(x) < 17, "more variance in some directions"),
         (lambda x: diagnostics.rankme(x) < 4 or bool(x.std() < 0.1), "small ones"),
         (lambda x: diagnostics.rankme(x) < 4 or bool(x.std() > 100), "large ones"),
     ],
@@ -272,6 +281,7 @@ WRONG = {
         (stepping(keep=True), "earlier step"),
         (stepping(each=True), "one optimizer step"),
         (stepping(total=True), "the mean, not the sum"),
+        (stepping(forget=True), "the mean, not the sum"),
         (sum_of_losses, "mean of the losses"),
     ],
     "check_whole": [
@@ -289,7 +299,22 @@ WRONG = {
          "are context as often"),
         (late(("self.embed(patchify(images)) + self.positions", "self.embed(patchify(images))")),
          "tokens, without attention and MLP"),
+        (late((", generator=generator)[:kept]", ")[:kept]")), "come from the generator"),
+        (late(("- len(union | block) < kept", "- len(union | block) <= kept")), "leave just 12"),
+        (late(("return x + self.mlp(self.norm2(x))", "return self.mlp(self.norm2(x))")),
+         "changes nothing"),
+        (late(("(n % side, n // side)", "(n // side, n % side)")), "of a black image"),
+        (late(("permute(0, 2, 4, 1, 3, 5)", "permute(0, 2, 4, 3, 5, 1)")),
+         "tokens, without attention and MLP"),
         (late(("math.sqrt(q.shape[-1])", "q.shape[-1]")), "tokens, without MLP"),
+        (late(("self.embed(patchify(images)) + self.positions", "self.embed(patchify(images))"),
+              ("x = x[torch.arange(len(x))[:, None], indices]  # [B, Nc, D]\n",
+               "x = x[torch.arange(len(x))[:, None], indices]\n"
+               "        x = x + self.positions[: x.shape[1]]\n")),
+         "context encoder gives"),
+        (late(("math.sqrt(q.shape[-1])", "8")), "predictions are the modules', without MLP"),
+        (late(("masked_fill(~valid[:, None], -math.inf)", "masked_fill(~valid[:, None], 0)")),
+         "so they are in a batch"),
         (late(("nn.GELU()", "nn.ReLU()")), "the target encoder gives the modules' tokens"),
         (late(("F.layer_norm(tokens, tokens.shape[-1:])[index]", "tokens[index]")),
          "targets are the modules'"),
@@ -299,6 +324,7 @@ WRONG = {
         (late(("+ self.positions[masks.context]", "+ 0 * self.positions[masks.context]")),
          "predictions are the modules', without MLP"),
         (late(("/ valid.sum()", "/ 1")), "loss is the modules'"),
+        (late(("/ valid.sum()", "/ valid.numel()")), "so it is in a batch"),
         (late(("    optimizer.zero_grad()\n", "")), "second step"),
         (late(("1 - momentum", "momentum")), "target encoder is the modules'"),
         (late(("loss.detach()", "loss")), "without its graph"),
@@ -332,7 +358,7 @@ def test_a_check_passes_the_solution_and_leaves_the_stub_unattempted(name):
 def test_a_check_names_the_property_that_a_wrong_answer_violates(name, number):
     answer, words = WRONG[name][number]
     result = CHECKS[name](answer)
-    first, second = repr(result).splitlines()[:2]
+    first, *_, last = repr(result).splitlines()
     assert not result and first.startswith("failed: ") and words in first
     if name != "check_whole":  # which returns a model and two functions
-        assert second.startswith("you returned ") and "; " in second  # and what is right
+        assert last.startswith("you returned ")
