@@ -39,6 +39,8 @@ def check_draw_block(draw_block):
     """A block: reachable edges, a rectangle, its sides, its random numbers, a grid not square."""
     half, one = (0.25, 0.25), (1.0, 1.0)
     blocks = [draw_block((4, 4), half, one, seeded(i)) for i in range(100)]
+    yield ("a block is a list of patch numbers", isinstance(blocks[0], list),
+           "ints, such as [0, 1, 4, 5]")
     seen = {int(n) for block in blocks for n in block}
     yield ("every patch of the grid can be drawn, also in the last row and column",
            {3, 12, 15} <= seen,

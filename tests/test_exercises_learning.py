@@ -191,6 +191,7 @@ WRONG = {
         (lambda y, x, p, columns: min(y // p * columns + x // p, 10), "every pixel"),
     ],
     "check_draw_block": [
+        (lambda *a: torch.tensor(drawn(*a)), "list of patch numbers"),
         (lambda *a: drawn(*a, last=0), "last row and column"),
         (lambda *a: drawn(*a, last=2), "lie on the grid"),
         (lambda *a: drawn(*a, flip=True), "listed row by row"),
