@@ -554,6 +554,8 @@ def check_whole(whole):
             mine.copy_(right + 0.02 * torch.randn_like(right))  # no bias is 0
             right.copy_(mine)
     images, masks = torch.randn(8, 3, 24, 24, generator=seeded(1)), masking(8, seeded(2))
+    yield ("the target encoder's tokens are finite", model.target_encoder(images).isfinite().all(),
+           "NaN comes from a token that may attend to nothing: is the mask inverted?")
     bare = without(("attention", "MLP"), model, reference)
     first, second = bare[0].target_encoder(images[:2])
     yield ("a block whose attention and MLP give 0 changes nothing", not equal(first, second, 1e-3),

@@ -302,6 +302,7 @@ WRONG = {
          "tokens, without attention and MLP"),
         (late((", generator=generator)[:kept]", ")[:kept]")), "come from the generator"),
         (late(("- len(union | block) < kept", "- len(union | block) <= kept")), "leave just 12"),
+        (late(("masked_fill(~valid", "masked_fill(valid")), "are finite"),
         (late(("return x + self.mlp(self.norm2(x))", "return self.mlp(self.norm2(x))")),
          "changes nothing"),
         (late(("(n % side, n // side)", "(n // side, n % side)")), "of a black image"),
