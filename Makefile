@@ -43,7 +43,7 @@ export OMP_WAIT_POLICY := PASSIVE
 
 demo: .venv/ready
 	@rm -rf runs/demo
-	OMP_NUM_THREADS=1 $(RUN) train.py --out runs/demo  # so small a model gains nothing from a second
+	OMP_NUM_THREADS=1 $(RUN) train.py --out runs/demo  # so small a model gains next to nothing from a second
 	$(RUN) evaluate.py runs/demo
 	$(RUN) -m extras.probes runs/demo --few-labels
 	$(RUN) -m extras.figures runs/demo

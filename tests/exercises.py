@@ -104,7 +104,7 @@ class Ask:
 def line_of_reader(error):
     """Where in the reader's own code an error arose, "" if it did not."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__)
-              if "site-packages" not in frame.filename
+              if "-packages" not in frame.filename  # site- or, on Debian, dist-
               and pathlib.Path(frame.filename).parent not in (ROOT, ROOT / "tests")]
     return f"at line {frames[-1].lineno}: {frames[-1].line}".rstrip(": ") if frames else ""
 

@@ -477,13 +477,13 @@ def sampled_alike(mine, theirs):
     often, right = targets.float().mean(0), their_targets.float().mean(0)  # [N]
     yield ("every patch is a target in some image", bool((often > 0).all()),
            "the last place of a corner is included: H - h + 1 places")
-    sizes = [maps.sum(1) for maps in (targets, their_targets)]
-    shares = [torch.bincount(size, minlength=37).cumsum(0) / len(size) for size in sizes]
+    counts = [maps.sum(1) for maps in (targets, their_targets)]  # of targets in an image
+    shares = [torch.bincount(count, minlength=37).cumsum(0) / len(count) for count in counts]
     yield ("the blocks hide as many patches as the modules'",
            bool(((shares[0] - shares[1]).abs() < 0.05).all()),
            "an image has {:.1f} targets (deviation {:.1f}), with the modules {:.1f} ({:.1f}): "
            "four blocks, each of an area drawn uniformly from .15 to .2 of the grid".format(
-               *(f(size.float()).item() for size in sizes for f in (torch.mean, torch.std))))
+               *(f(count.float()).item() for count in counts for f in (torch.mean, torch.std))))
     beside = [(grid[:, :, 1:] & grid[:, :, :-1]).sum((1, 2)).float().mean().item()
               for grid in (maps.view(-1, 6, 6) for maps in (targets, their_targets))]
     yield ("the blocks are as wide and as high as the modules'",
@@ -556,12 +556,13 @@ def check_whole(whole):
     images, masks = torch.randn(8, 3, 24, 24, generator=seeded(1)), masking(8, seeded(2))
     yield ("the target encoder's tokens are finite", model.target_encoder(images).isfinite().all(),
            "NaN comes from a token that may attend to nothing: is the mask inverted?")
-    bare = without(("attention", "MLP"), model, reference)
+    inner = "attention", "MLP"
+    bare = without(inner, model, reference)
     first, second = bare[0].target_encoder(images[:2])
     yield ("a block whose attention and MLP give 0 changes nothing", not equal(first, second, 1e-3),
            "all images got the same tokens: attention and MLP are *added* to what came in")
-    yield ("of a black image the target encoder gives the modules' tokens, without attention and "
-           "MLP", equal(*(m.target_encoder(0 * images) for m in bare)),
+    yield (f"of a black image the target encoder gives the modules' tokens{names_of(inner)}",
+           equal(*(m.target_encoder(0 * images) for m in bare)),
            "positions (the column's half first; sines, then cosines), last norm (eps=1e-6)")
     for parts, right in ENCODER.items():
         mine, theirs = (m.target_encoder(images) for m in without(parts, model, reference))
@@ -580,12 +581,13 @@ def check_whole(whole):
     for parts, right in PREDICTOR.items():
         mine, theirs = (m(*alone).predictions for m in without(parts, model, reference))
         yield f"the predictions are the modules'{names_of(parts)}", equal(mine, theirs), right
-    yield ("so they are in a batch", equal(output.predictions[real], expected.predictions[real]),
+    yield ("the predictions are the modules' in a batch with padding",
+           equal(output.predictions[real], expected.predictions[real]),
            "padded targets get no weight: their scores are -infinity before the softmax")
     mine, theirs = (m(*alone).loss for m in (model, reference))
     yield ("the loss is the modules'", equal(mine, theirs),
            f"of one image {theirs:.5f}, not {mine:.5f}: smooth L1, the mean over width and targets")
-    yield ("so it is in a batch", equal(output.loss, expected.loss),
+    yield ("the loss is the modules' in a batch with padding", equal(output.loss, expected.loss),
            f"{expected.loss:.5f}, not {output.loss:.5f}: the mean over *real* targets, each "
            "counting the same")
     optimizers = [torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.5)

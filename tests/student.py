@@ -14,8 +14,7 @@ def without_solutions(notebook):
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
         else:
-            cell.source = SOLUTION.sub("", cell.source).replace(" and one with a solution", "")
-            cell.source = cell.source.strip()
+            cell.source = SOLUTION.sub("", cell.source).strip()
     notebook.cells = [cell for cell in notebook.cells if cell.source]
     return notebook
 

@@ -316,7 +316,7 @@ WRONG = {
          "context encoder gives"),
         (late(("math.sqrt(q.shape[-1])", "8")), "predictions are the modules', without MLP"),
         (late(("masked_fill(~valid[:, None], -math.inf)", "masked_fill(~valid[:, None], 0)")),
-         "so they are in a batch"),
+         "predictions are the modules' in a batch"),
         (late(("nn.GELU()", "nn.ReLU()")), "the target encoder gives the modules' tokens"),
         (late(("F.layer_norm(tokens, tokens.shape[-1:])[index]", "tokens[index]")),
          "targets are the modules'"),
@@ -326,7 +326,7 @@ WRONG = {
         (late(("+ self.positions[masks.context]", "+ 0 * self.positions[masks.context]")),
          "predictions are the modules', without MLP"),
         (late(("/ valid.sum()", "/ 1")), "loss is the modules'"),
-        (late(("/ valid.sum()", "/ valid.numel()")), "so it is in a batch"),
+        (late(("/ valid.sum()", "/ valid.numel()")), "loss is the modules' in a batch"),
         (late(("    optimizer.zero_grad()\n", "")), "second step"),
         (late(("1 - momentum", "momentum")), "target encoder is the modules'"),
         (late(("loss.detach()", "loss")), "without its graph"),
@@ -360,7 +360,8 @@ def test_a_check_passes_the_solution_and_leaves_the_stub_unattempted(name):
 def test_a_check_names_the_property_that_a_wrong_answer_violates(name, number):
     answer, words = WRONG[name][number]
     result = CHECKS[name](answer)
-    first, *_, last = repr(result).splitlines()
+    first, right, *returned = repr(result).splitlines()
     assert not result and first.startswith("failed: ") and words in first
+    assert not right.startswith("you returned ")  # what is right comes first
     if name != "check_whole":  # which returns a model and two functions
-        assert last.startswith("you returned ")
+        assert returned[-1].startswith("you returned ")

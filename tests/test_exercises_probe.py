@@ -293,9 +293,10 @@ def test_what_is_right_passes_and_a_stub_is_not_attempted(answer):
                          ids=lambda part: part if isinstance(part, str) else "")
 def test_what_is_wrong_is_told_which_property_fails(name, answer, words):
     result = getattr(checks, f"check_{name}")(answer)
-    first, *_, last = repr(result).splitlines()
+    first, right, *returned = repr(result).splitlines()
     assert not result and first.startswith("failed: ") and words in first
-    assert last.startswith("you returned ")
+    assert not right.startswith("you returned ")  # what is right comes first
+    assert returned[-1].startswith("you returned ")
 
 
 def test_the_modules_own_standardize_passes():

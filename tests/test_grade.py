@@ -16,7 +16,8 @@ each_notebook = pytest.mark.parametrize("path", [LEARNING, PROBE], ids=lambda pa
 WRONG = {
     "patch_of_pixel": ("def patch_of_pixel(y, x, patch_size, columns):\n"
                        "    return x // patch_size * columns + y // patch_size",
-                       "pixel (0, 4) lies in patch 1"),
+                       "pixel (0, 4) lies in patch 1, pixel (4, 0) in patch 6 "
+                       "you returned 6 for patch_of_pixel(0, 4, 4, 6)"),
     "make_room": ("def make_room(blocks, context, min_keep):\n"
                   "    return [b if len(context - b) >= min_keep else blocks[0] for b in blocks]",
                   "the block that leaves too few becomes a copy of the first"),

@@ -15,6 +15,7 @@ import train
 from extras import ablations, experiments
 from masking import MultiBlockMasking
 from support import checkpoint
+from tests import notebooks
 
 ROOT = Path(__file__).parents[1]
 FILES = [ROOT / "README.md", ROOT / "TEACHING.md", *sorted(ROOT.glob("docs/*.md")),
@@ -224,6 +225,23 @@ def test_the_masks_a_second_are_those_of_the_committed_file():
     assert table("recipe.md", "Masks a second") == {
         name: [f"{row['masks_per_second']:.1f}", f"{row['times']:.2f}"]
         for name, row in variants.items()}
+
+
+def test_two_threads_and_two_processes_are_as_measured():
+    ways, said = read("processes")["ways"], section("recipe.md", "Masks a second")
+    assert f"train {ways['two threads']['times']} times as fast as one" in said
+    processes = "two processes of one thread"
+    assert f"{processes} {ways[processes]['times']} times" in said
+
+
+def test_the_demo_and_the_notebooks_take_the_minutes_that_are_said():
+    run, said = read("demo"), " ".join(PAGES["README.md"].split())
+    assert f"a page to open: {run['seconds']['all, packages included'] / 60:.0f} minutes" in said
+    assert f"{run['seconds']['training, one thread'] / 60:.1f} minutes of one CPU core" in said
+    assert f"{run['gallery_images']:,} other images" in said
+    for path in (notebooks.LEARNING, notebooks.PROBE):
+        opening = notebooks.read(path).cells[0].source
+        assert f"{read('notebooks')[path.stem]['minutes']} minutes" in opening
 
 
 # --- the contrast ---------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Claims about sketches: they follow their condition, and only the block changes."""
 
 import json
+import statistics
 from pathlib import Path
 
 import pytest
@@ -134,6 +135,20 @@ def test_an_interrupted_sketcher_resumes_to_the_bit(run, tmp_path, monkeypatch):
 
 
 # --- what was measured ----------------------------------------------------------------------------
+
+
+def test_the_page_says_what_was_measured():
+    rows = [json.loads(path.read_text())["rows"] for path in RESULTS]
+    page = (RESULTS[0].parents[1] / "docs/sketches.md").read_text(encoding="utf-8")
+    lines = [[cell.strip(" *") for cell in line.split("|")[2:5]]
+             for line in page.splitlines() if line.startswith("| ") and "±" in line]
+    kinds = ("true", "predicted", "MAE", "untrained predictor", "untrained", "place only",
+             "shuffled", "gray block")  # in the page's order
+    for kind, said in zip(kinds, lines, strict=True):
+        for name, cell, digits in zip(("agreement", "likeness", "spread"), said, (1, 2, 2)):
+            found = [row[kind][name] * (100 if name == "agreement" else 1) for row in rows]
+            mean, deviation = statistics.mean(found), statistics.stdev(found)
+            assert cell == f"{mean:.{digits}f} ± {deviation:.{digits}f}", (kind, name)
 
 
 def test_the_prediction_was_drawn_better_than_its_controls():
