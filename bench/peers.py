@@ -103,13 +103,13 @@ def compare(seconds, images, peer):
 # --- ours -----------------------------------------------------------------------------------------
 
 
-def our_step(preset, images, masks=None):
+def our_step(preset, images, masks=None, precision="auto"):
     """A function that makes one of our training steps, on a list of Masks in turn.
 
     Without masks it draws them in the step, as train.py does.
     """
     config = settings.from_preset(preset, encoder="192x6x6", predictor="96x4x6", context_size=0,
-                                  batch_size=len(images))
+                                  merge_targets=False, batch_size=len(images), precision=precision)
     model, masking = train.build(config)
     model.to(images.device).train()
     optimizer, generator = train.build_optimizer(config, model), torch.Generator().manual_seed(0)
@@ -122,6 +122,21 @@ def our_step(preset, images, masks=None):
         train.train_step(config, model, optimizer, scaler, [(images, drawn)], 1, 1000)
 
     return step
+
+
+def precisions(images):
+    """The precision that the peers compute in, and ours if that is another."""
+    if images.device.type == "cuda":  # theirs have autocast there, too
+        return ["auto"]
+    fastest = train.pick_precision(settings.Config(), images.device)
+    return ["fp32"] if fastest == torch.float32 else ["fp32", "auto"]
+
+
+def our_steps(preset, images, masks):
+    """Our step on a peer's masks, in each of the precisions: a dict of functions."""
+    names = ("ours, same masks", "ours, same masks, bfloat16")
+    return {name: our_step(preset, images, masks, precision)
+            for name, precision in zip(names, precisions(images))}
 
 
 def tokens(masks):
@@ -221,7 +236,7 @@ def next_to_official(images, rounds, count):
               for lists in drawn]
     ours = [from_official(*lists) for lists in theirs]
     calls = {"official": official_step(images, theirs),
-             "ours, same masks": our_step(PRESETS["official"], images, ours)}
+             **our_steps(PRESETS["official"], images, ours)}
     return {**compare(in_turn(calls, rounds, count), len(images), "official"),
             "tokens": tokens(ours)}
 
@@ -270,10 +285,9 @@ def next_to_homemade(folder, images, rounds, count):
     theirs = homemade_masks(folder)
     same = [from_homemade(*lists, len(images)).to(images.device) for lists in theirs]
     preset = PRESETS["homemade"]
-    calls = {"homemade": homemade_step(images, theirs),
-             "ours, same masks": our_step(preset, images, same),
-             "ours, padded": our_step(preset, images)}
-    masking = train.build(settings.from_preset(preset))[1]
+    calls = {"homemade": homemade_step(images, theirs), **our_steps(preset, images, same),
+             "ours, padded": our_step(preset, images, precision=precisions(images)[0])}
+    masking = train.build(settings.from_preset(preset, merge_targets=False))[1]
     drawn = [masking(len(images), torch.Generator().manual_seed(i)) for i in range(POOL)]
     return {**compare(in_turn(calls, rounds, count), len(images), "homemade"),
             "tokens": {"homemade": tokens(same), "ours, padded": tokens(drawn)}}

@@ -19,7 +19,7 @@ from tests import notebooks
 
 ROOT = Path(__file__).parents[1]
 FILES = [ROOT / "README.md", ROOT / "TEACHING.md", *sorted(ROOT.glob("docs/*.md")),
-         ROOT / "results/README.md", ROOT / "results/speed.md"]
+         ROOT / "results/README.md"]
 PAGES = {path.name if path.parent != ROOT / "results" else f"results/{path.name}":
          path.read_text(encoding="utf-8") for path in FILES}
 ALL = "\n".join(PAGES.values())
@@ -95,14 +95,13 @@ def test_every_picture_says_in_words_what_it_shows():
 
 
 def test_every_file_program_preset_and_flag_exists():
-    text = "\n".join(text for name, text in PAGES.items() if name != "results/speed.md")
-    for name in re.findall(r"`((?:results|encoders|images|bench|extras|support)/[\w./*-]+)`", text):
+    for name in re.findall(r"`((?:results|encoders|images|bench|extras|support)/[\w./*-]+)`", ALL):
         assert list(ROOT.glob(name)), name
-    for module, name in re.findall(r"python -m (extras\.\w+)(?: ([a-z][a-z-]+)\b)?", text):
+    for module, name in re.findall(r"python -m (extras\.\w+)(?: ([a-z][a-z-]+)\b)?", ALL):
         assert (ROOT / module.replace(".", "/")).with_suffix(".py").exists(), module
         assert module != "extras.ablations" or name in ablations.ABLATIONS, name
-    assert all((ROOT / name).exists() for name in re.findall(r"python ([\w/]+\.py)", text))
-    assert set(re.findall(r"--preset ([a-z0-9-]+)", text)) <= set(config.PRESETS)
+    assert all((ROOT / name).exists() for name in re.findall(r"python ([\w/]+\.py)", ALL))
+    assert set(re.findall(r"--preset ([a-z0-9-]+)", ALL)) <= set(config.PRESETS)
     settings = vars(config.Config())
     flags = {"--" + name.replace("_", "-") for name in settings}
     flags |= {"--no-" + name for name, value in settings.items() if isinstance(value, bool)}
@@ -110,7 +109,7 @@ def test_every_file_program_preset_and_flag_exists():
     flags |= {"--dry", "--alone"}  # of bench/
     for script in [*ROOT.glob("*.py"), *ROOT.glob("extras/*.py"), ROOT / "support/command_line.py"]:
         flags |= set(re.findall(r'add_argument\(\s*"(--[a-z-]+)"', script.read_text()))
-    assert set(re.findall(r"(?<![-\w])--[a-z][a-z_-]+", text)) <= flags
+    assert set(re.findall(r"(?<![-\w])--[a-z][a-z_-]+", ALL)) <= flags
 
 
 def test_the_table_of_presets_is_complete():
@@ -232,6 +231,17 @@ def test_two_threads_and_two_processes_are_as_measured():
     assert f"train {ways['two threads']['times']} times as fast as one" in said
     processes = "two processes of one thread"
     assert f"{processes} {ways[processes]['times']} times" in said
+
+
+def test_the_steps_next_to_public_codes_are_those_of_the_committed_file():
+    found = read("peers")
+    rows = [(peer, row) for peer in ("official", "homemade")
+            for name, row in found[peer].items() if name != "tokens"]
+    rows += [("official", row) for row in found["masks"]["1024"].values()]
+    text = PAGES["recipe.md"].split("## Next to two public codes")[1]
+    assert re.findall(r"^\| .*? \| ([\d,.]+) \| ([\d.]+) \|$", text, re.MULTILINE) == [
+        (f"{row['images_per_second']:,.1f}", f"{row.get(f'times_{peer}', 1):.2f}")
+        for peer, row in rows]
 
 
 def test_the_demo_and_the_notebooks_take_the_minutes_that_are_said():
