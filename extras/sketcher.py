@@ -222,12 +222,12 @@ def fit(sketcher, subject, settings, path, batch_size=48, lr=3e-3):
     for step in bar:
         some = torch.randint(len(subject.kept), (batch_size,), generator=generator)
         images, masks = subject.images(subject.kept[some]), subject.masks(batch_size, generator)
-        found = subject.conditions(images, masks)
         patches = take(patchify(images, sketcher.patch_size), masks.targets[:, 0])  # [B, Nt, P]
-        rows = torch.arange(len(images), device=images.device).repeat(len(found))  # [kinds * B]
         rate = min(1, (step + 1) / 100) * train.cosine(lr, lr / 100, step / steps)
         optimizer.param_groups[0]["lr"] = rate
         with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
+            found = subject.conditions(images, masks)
+            rows = torch.arange(len(images), device=images.device).repeat(len(found))  # [kinds * B]
             loss = flow_loss(sketcher, patches[rows], sketcher.read(found), masks[rows], generator)
         optimizer.zero_grad()
         loss.mean().backward()
