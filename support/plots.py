@@ -101,7 +101,7 @@ PANELS = [
     ("loss\nmay rise while the features improve", {"loss": ""}, (0, None)),
     ("cosine of prediction and target\nthe gap is what is predicted",
      {"cosine": "predictor", "mean_cosine": "mean of that place"}, (None, 1)),
-    ("kNN accuracy\nshould rise: the features improve", {"knn": ""}, (0, 1)),
+    ("kNN accuracy\nshould rise: the features improve", {"knn": ""}, (0, None)),
     ("deviation of target features\nnear 0: collapsed", {"target_std": ""}, (0, 1.1)),
     ("effective rank\nlow: few directions in use", {"rank": ""}, (0, None)),
     ("gradient norm\nspikes: unstable", {"grad_norm": ""}, (0, None)),

@@ -122,7 +122,8 @@ def test_the_table_of_presets_is_complete():
 
 RUNS = {"Synthetic shapes": ("shapes", 3), "Synthetic volumes": ("shapes3d", 3),
         "CIFAR-10, one hour on one CPU core": ("cifar10_cpu", 1),
-        "The encoder that ships with this code": ("cifar10-small", 1)}
+        "The encoder that ships with this code": ("cifar10-small", 1),
+        "STL-10, pretrained on Tiny-ImageNet": ("stl10", 1)}
 
 
 @pytest.mark.parametrize("heading", RUNS)
@@ -139,7 +140,7 @@ def test_the_tables_of_results_are_the_committed_runs(heading):
 
 
 def test_the_readmes_table_is_that_of_results():
-    rows = [cells for _, cells in re.findall(r"^\| ((?:synthetic|CIFAR)[^|]*)(\|.*)\|$",
+    rows = [cells for _, cells in re.findall(r"^\| ((?:synthetic|CIFAR|STL)[^|]*)(\|.*)\|$",
                                              PAGES["README.md"], re.MULTILINE)]
     assert len(rows) == len(RUNS)
     for cells, (name, count) in zip(rows, RUNS.values()):
@@ -191,6 +192,10 @@ def test_what_results_says_beside_its_tables_is_so():
     found = [[run["segmentation"][name] for run in seeds("shapes")]
              for name in ("target", "random", "pixels", "predicted")]
     assert "{:.2f}, {:.2f}, {:.2f} and {:.2f}".format(*map(statistics.mean, found)) in said
+    said = section("results.md", "STL-10, pretrained on Tiny-ImageNet")
+    with open(ROOT / "results/stl10_metrics.csv") as file:
+        found = [100 * float(row["knn"]) for row in csv.DictReader(file) if row["knn"]]
+    assert found[-1] == max(found) and f"from {found[0]:.1f} to {found[-1]:.1f}" in said
     said = section("results.md", "Synthetic volumes")
     linear = [100 * run["features"]["target"]["linear"] for run in seeds("shapes3d")]
     assert "{:.1f}, {:.1f} and {:.1f}".format(*linear) in said
