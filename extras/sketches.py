@@ -114,7 +114,7 @@ def main(argv=None):
     p.add_argument("run", type=Path, metavar="RUN", help="run folder of an I-JEPA")
     p.add_argument("--mae", default="", metavar="RUN", help="a MAE's run, as one more control")
     p.add_argument("--steps", type=int, default=3000, help="of training, 48 images each [3000]")
-    p.add_argument("--size", default="96x3x3", help="of the sketcher, WIDTHxDEPTHxHEADS [96x3x3]")
+    p.add_argument("--size", default="32x2", help="of the sketcher, WIDTHxDEPTH [32x2]")
     p.add_argument("--images", type=int, default=200, help="held-out images to measure on [200]")
     p.add_argument("--seed", type=int, default=0, help="of weights, masks and noise [0]")
     p.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
