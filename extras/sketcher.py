@@ -35,9 +35,9 @@ SAVE_EVERY = 100  # steps
 
 
 def normed(x):
-    """Each pixel's vector, of [B, K, H, W], at length sqrt(K), then SiLU. (RMSNorm: unlike a group
-    norm it asks no other pixel, so padding changes nothing.)"""
-    return F.silu(F.normalize(x.float(), dim=1) * math.sqrt(x.shape[1]))
+    """RMSNorm of each pixel's vector, then SiLU: [B, K, H, W]. It asks no other pixel, as a group
+    norm does, so padding changes nothing."""
+    return F.silu(x * (x.square().mean(1, keepdim=True) + 1e-6).rsqrt())
 
 
 class ConvBlock(nn.Module):
@@ -130,11 +130,13 @@ def lay_out(masks, grid):
     """Each patch's cell on a canvas as large as the largest block: int64 [B, Nt], and the canvas's
     rows and columns, in patches. Padding is in cell 0."""
     places, valid = masks.targets[:, 0], masks.targets_valid[:, 0]  # [B, Nt]
-    parts = [places // grid[1], places % grid[1]]  # row and column on the grid
-    parts = [(part - part.masked_fill(~valid, max(grid)).amin(1, keepdim=True)).masked_fill(
-        ~valid, 0) for part in parts]
-    rows, columns = (int(part.max()) + 1 for part in parts)
-    return parts[0] * columns + parts[1], (rows, columns)
+
+    def from_first(line):
+        return (line - line.masked_fill(~valid, max(grid)).amin(1, keepdim=True)) * valid
+
+    rows, columns = from_first(places // grid[1]), from_first(places % grid[1])  # [B, Nt] each
+    sides = int(rows.max()) + 1, int(columns.max()) + 1
+    return rows * sides[1] + columns, sides
 
 
 def flow_loss(sketcher, patches, condition, masks, generator):
