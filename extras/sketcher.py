@@ -25,7 +25,7 @@ from tqdm import tqdm
 import data
 import evaluate
 import train
-from config import UsageError, check
+from config import UsageError
 from masking import MultiBlockMasking
 from models import patchify, sincos_positions, take
 from predict_and_visualize import unpatchify
@@ -64,25 +64,22 @@ class ConvBlock(nn.Module):
 class Sketcher(nn.Module):
     """The velocity of a hidden block's pixels at time t, given a condition: a small U-Net.
 
-    widths: how many numbers a condition of each kind has, a dict; grid: the encoder's; width: of
-    the pixels' vectors, doubled each time that height and width are halved; depth: ConvBlocks at
-    each of these sizes.
+    numbers: how many a condition of each kind has, a dict; grid: the encoder's; width: of the
+    pixels' vectors, doubled each time that the sides of the block are halved.
     """
 
-    def __init__(self, widths, grid, patch_size=4, channels=3, width=32, depth=2, told=128):
+    def __init__(self, numbers, grid, patch_size=4, channels=3, width=32, told=128):
         super().__init__()
         self.grid, self.patch_size, self.channels = tuple(grid), patch_size, channels
         self.conditions = nn.ModuleDict({kind: nn.Sequential(
-            nn.BatchNorm1d(numbers, affine=False), nn.Linear(numbers, told))
-            for kind, numbers in widths.items()})
+            nn.BatchNorm1d(K, affine=False), nn.Linear(K, told)) for kind, K in numbers.items()})
         self.clock = nn.Sequential(nn.Linear(1, told), nn.GELU(), nn.Linear(told, told))
         self.register_buffer("positions", sincos_positions(grid, told), persistent=False)
         self.place = nn.Linear(told, told)
         halvings = next(n for n in (2, 1, 0) if patch_size % 2**n == 0)  # so that any block fits
         sizes = [width * 2**n for n in range(halvings + 1)]
         self.start = nn.Conv2d(channels, width, 3, padding=1)
-        self.down = nn.ModuleList(nn.ModuleList(ConvBlock(size, size, told) for _ in range(depth))
-                                  for size in sizes)
+        self.down = nn.ModuleList(ConvBlock(size, size, told) for size in sizes)
         self.shrink = nn.ModuleList(nn.Conv2d(size, 2 * size, 2, stride=2) for size in sizes[:-1])
         self.grow = nn.ModuleList(nn.ConvTranspose2d(2 * size, size, 2, stride=2)
                                   for size in sizes[:-1])
@@ -115,12 +112,10 @@ class Sketcher(nn.Module):
         for _ in self.shrink:
             insides.append(insides[-1][..., ::2, ::2])  # [B, 1, H/2, W/2], [B, 1, H/4, W/4]
         x, kept = self.start(x), []
-        for n, blocks in enumerate(self.down):
-            for block in blocks:
-                x = block(x, told, insides[n])
-            if n < len(self.shrink):
-                kept.append(x)
-                x = self.shrink[n](x)  # [B, 2 * width, H/2, W/2], [B, 4 * width, H/4, W/4]
+        for n, shrink in enumerate(self.shrink):
+            kept.append(self.down[n](x, told, insides[n]))
+            x = shrink(kept[n])  # [B, 2 * width, H/2, W/2], [B, 4 * width, H/4, W/4]
+        x = self.down[-1](x, told, insides[-1])
         for n in reversed(range(len(self.grow))):
             x = self.up[n](torch.cat([self.grow[n](x), kept[n]], dim=1), told, insides[n])
         return self.finish(normed(x) * inside)  # [B, C, H, W]
@@ -233,32 +228,24 @@ class Subject:
 # --- training -------------------------------------------------------------------------------------
 
 
-def build(subject, size, seed=0):
-    """A Sketcher for the run, as it is before training; size: WIDTHxDEPTH, such as 32x2."""
+def build(subject, width=32, seed=0):
+    """A Sketcher for the run, as it is before training."""
     torch.manual_seed(seed)
     images = subject.images(subject.kept[:2])
     found = subject.conditions(images, subject.masks(2, torch.Generator().manual_seed(seed)))
-    widths = {kind: x.shape[1] for kind, x in found.items()}
+    numbers = {kind: x.shape[1] for kind, x in found.items()}
     encoder = subject.model.target_encoder
-    return Sketcher(widths, encoder.grid, encoder.patch_size, images.shape[1],
-                    *parse_size(size)).to(subject.device)
-
-
-def parse_size(size):
-    """(width, depth) of 'width x depth', such as 32x2."""
-    parts = size.split("x")
-    check(len(parts) == 2 and all(part.isdecimal() and int(part) > 0 for part in parts),
-          "size", size, "width x depth, such as 32x2")
-    return map(int, parts)
+    return Sketcher(numbers, encoder.grid, encoder.patch_size, images.shape[1],
+                    width).to(subject.device)
 
 
 def load(path, encoder, channels):
     """The Sketcher in a file that `fit` wrote, for the Encoder of the same run."""
     state = checkpoint.read(path)
-    widths = {name.split(".")[1]: weight.shape[1] for name, weight in state["sketcher"].items()
-              if name.startswith("conditions.") and weight.ndim == 2}
-    sketcher = Sketcher(widths, encoder.grid, encoder.patch_size, channels,
-                        *parse_size(state["settings"]["size"]))
+    numbers = {name.split(".")[1]: weight.shape[1] for name, weight in state["sketcher"].items()
+               if name.startswith("conditions.") and weight.ndim == 2}
+    sketcher = Sketcher(numbers, encoder.grid, encoder.patch_size, channels,
+                        state["settings"]["width"])
     sketcher.load_state_dict(state["sketcher"])
     return sketcher.eval()
 

@@ -44,7 +44,7 @@ def save_run(config, shape, change=0.0):
 def drawer():
     """The Sketcher of the small run, not trained."""
     torch.manual_seed(0)
-    return sketcher.Sketcher({"predicted": 16, "untrained": 16}, (6, 6), 4, 3, 8, 1).eval()
+    return sketcher.Sketcher({"predicted": 16, "untrained": 16}, (6, 6), 4, 3, 8).eval()
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def site(tmp_path_factory):
     place = tmp_path_factory.mktemp("playground")
     config = from_preset("shapes", encoder="16x1x2", predictor="8x1x2", out=str(place / "run"))
     folder = save_run(config, (3, 2), change=0.3)
-    torch.save({"settings": {"size": "8x1"}, "sketcher": drawer().state_dict()},
+    torch.save({"settings": {"width": 8}, "sketcher": drawer().state_dict()},
                folder / "sketcher.pt")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("support.shapes.COUNT", {"train": 1000, "test": 60})
