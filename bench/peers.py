@@ -11,7 +11,8 @@ the machine does slows all of them alike. On CIFAR's geometry all have an encode
 with 6 heads, and a predictor 96 wide, 4 deep, with 6 heads. Each code's step gets its own sampler's
 masks, drawn before, and ours the same ones, so that both compute on the same tokens. The homemade
 code has one mask for a whole batch: next to it there is also our step as it trains, with masks of
-its own for each image, drawn in the step and padded.
+its own for each image, drawn in the step and padded. Ours compute in the peer's precision, and
+once more in the one that a run here would pick, if that is another.
 """
 
 import contextlib
@@ -124,19 +125,15 @@ def our_step(preset, images, masks=None, precision="auto"):
     return step
 
 
-def precisions(images):
-    """The precision that the peers compute in, and ours if that is another."""
-    if images.device.type == "cuda":  # theirs have autocast there, too
-        return ["auto"]
-    fastest = train.pick_precision(settings.Config(), images.device)
-    return ["fp32"] if fastest == torch.float32 else ["fp32", "auto"]
-
-
-def our_steps(preset, images, masks):
-    """Our step on a peer's masks, in each of the precisions: a dict of functions."""
-    names = ("ours, same masks", "ours, same masks, bfloat16")
-    return {name: our_step(preset, images, masks, precision)
-            for name, precision in zip(names, precisions(images))}
+def our_steps(preset, images, masks, theirs=torch.float32):
+    """Our step on a peer's masks, in its precision and in the one a run would pick: functions."""
+    names = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+    steps = {"ours, same masks": our_step(preset, images, masks, names[theirs])}
+    picked = train.pick_precision(settings.Config(), images.device)
+    if picked != theirs:
+        name = f"ours, same masks, {str(picked).removeprefix('torch.')}"
+        steps[name] = our_step(preset, images, masks)
+    return steps
 
 
 def tokens(masks):
@@ -236,7 +233,8 @@ def next_to_official(images, rounds, count):
               for lists in drawn]
     ours = [from_official(*lists) for lists in theirs]
     calls = {"official": official_step(images, theirs),
-             **our_steps(PRESETS["official"], images, ours)}
+             **our_steps(PRESETS["official"], images, ours,
+                         torch.bfloat16 if images.device.type == "cuda" else torch.float32)}
     return {**compare(in_turn(calls, rounds, count), len(images), "official"),
             "tokens": tokens(ours)}
 
@@ -286,7 +284,7 @@ def next_to_homemade(folder, images, rounds, count):
     same = [from_homemade(*lists, len(images)).to(images.device) for lists in theirs]
     preset = PRESETS["homemade"]
     calls = {"homemade": homemade_step(images, theirs), **our_steps(preset, images, same),
-             "ours, padded": our_step(preset, images, precision=precisions(images)[0])}
+             "ours, padded": our_step(preset, images, precision="fp32")}
     masking = train.build(settings.from_preset(preset, merge_targets=False))[1]
     drawn = [masking(len(images), torch.Generator().manual_seed(i)) for i in range(POOL)]
     return {**compare(in_turn(calls, rounds, count), len(images), "homemade"),

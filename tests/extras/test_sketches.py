@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_readme import table
 
 import config as settings
 import train
@@ -139,9 +140,8 @@ def test_an_interrupted_sketcher_resumes_to_the_bit(run, tmp_path, monkeypatch):
 
 def test_the_page_says_what_was_measured():
     rows = [json.loads(path.read_text())["rows"] for path in RESULTS]
-    page = (RESULTS[0].parents[1] / "docs/sketches.md").read_text(encoding="utf-8")
-    lines = [[cell.strip(" *") for cell in line.split("|")[2:5]]
-             for line in page.splitlines() if line.startswith("| ") and "±" in line]
+    lines = [[cell.strip("*") for cell in cells] for cells in table(
+        "sketches.md", "How much of it comes from the prediction?").values()]
     kinds = ("true", "predicted", "MAE", "untrained predictor", "untrained", "place only",
              "shuffled", "gray block")  # in the page's order
     for kind, said in zip(kinds, lines, strict=True):
