@@ -48,7 +48,9 @@ def sketches(sketcher, subject, images, masks, counts, steps=32):
     found = subject.conditions(images, masks)
     read = {kind: sketcher.read({kind: x}) for kind, x in found.items()}  # each [B, D]
     read["shuffled"] = read["predicted"].roll(1, 0)
-    return {kind: draw(sketcher, read[kind], masks, S, steps) for kind, S in counts.items()}
+    precision = train.pick_precision(subject.config, subject.device)
+    with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
+        return {kind: draw(sketcher, read[kind], masks, S, steps) for kind, S in counts.items()}
 
 
 @torch.no_grad()
@@ -113,7 +115,7 @@ def main(argv=None):
     p = command_line.Parser(description="Sketch what a run's predictor imagines.")
     p.add_argument("run", type=Path, metavar="RUN", help="run folder of an I-JEPA")
     p.add_argument("--mae", default="", metavar="RUN", help="a MAE's run, as one more control")
-    p.add_argument("--steps", type=int, default=3000, help="of training, 48 images each [3000]")
+    p.add_argument("--steps", type=int, default=1600, help="of training, 48 images each [1600]")
     p.add_argument("--width", type=int, default=32, help="of the sketcher [32]")
     p.add_argument("--images", type=int, default=200, help="held-out images to measure on [200]")
     p.add_argument("--seed", type=int, default=0, help="of weights, masks and noise [0]")
