@@ -115,7 +115,7 @@ def main(argv=None):
     p = command_line.Parser(description="Sketch what a run's predictor imagines.")
     p.add_argument("run", type=Path, metavar="RUN", help="run folder of an I-JEPA")
     p.add_argument("--mae", default="", metavar="RUN", help="a MAE's run, as one more control")
-    p.add_argument("--steps", type=int, default=1600, help="of training, 48 images each [1600]")
+    p.add_argument("--steps", type=int, default=1400, help="of training, 48 images each [1400]")
     p.add_argument("--width", type=int, default=32, help="of the sketcher [32]")
     p.add_argument("--images", type=int, default=200, help="held-out images to measure on [200]")
     p.add_argument("--seed", type=int, default=0, help="of weights, masks and noise [0]")
