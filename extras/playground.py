@@ -108,20 +108,20 @@ class SketchStep(nn.Module):
     def __init__(self, sketcher, mean, std):
         super().__init__()
         self.sketcher = sketcher
-        self.register_buffer("mean", torch.tensor(mean).view(-1, 1))
-        self.register_buffer("std", torch.tensor(std).view(-1, 1))
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
 
     def forward(self, x, t, condition, targets):
-        """S sketches x [S, Nt, P] at time t [1, 1], their condition [1, W] and block [1, 1, Nt].
+        """S sketches x [S, C, H, W] of one block, at time t [1, 1], their condition [1, D], and the
+        block's patches [1, 1, Nt].
 
-        Returns a dict: next, x a step later; pixels [S, Nt, 3, p*p] of it, from 0 to 1.
+        Returns a dict: next, x a step later; pixels [S, 3, H, W] of it, from 0 to 1.
         """
-        S = x.shape[0]  # len() would fix it in the export
-        block = targets.expand(S, -1, -1)  # [S, 1, Nt]
-        masks = Masks(block[:, 0], block[:, 0] >= 0, block, block >= 0)  # no context, no padding
-        later = x + self.sketcher(x, t.expand(S, 1), condition.expand(S, -1), masks) / STEPS
-        pixels = later.unflatten(2, (len(self.mean), -1)) * self.std + self.mean
-        return {"next": later, "pixels": pixels.clamp(0, 1).expand(-1, -1, 3, -1)}
+        places = self.sketcher.positions[targets[0, 0]].mean(0, keepdim=True)  # [1, D]
+        inside = torch.ones_like(x[:1, :1])  # [1, 1, H, W]: no padding
+        later = x + self.sketcher.velocity(x, t, condition, places, inside) / STEPS
+        return {"next": later, "pixels": (later * self.std + self.mean).clamp(0, 1)
+                .expand(-1, 3, -1, -1)}
 
 
 class OneBlock:
@@ -180,13 +180,13 @@ def export_answer(answer, path):
 
 
 def export_step(step, path):
-    """Write a SketchStep as ONNX. Numbers of sketches and of target patches stay free."""
-    P = step.sketcher.channels * step.sketcher.patch_size**2
-    width = step.sketcher.embed.out_features
-    export(step, path, {"x": torch.zeros(2, 3, P), "t": torch.zeros(1, 1),
-                        "condition": torch.zeros(1, width),
-                        "targets": torch.arange(3).view(1, 1, 3)},
-           {"x": {0: "S", 1: "Nt"}, "targets": {2: "Nt"}})
+    """Write a SketchStep as ONNX. The number of sketches and the sides of the block stay free."""
+    sketcher, p = step.sketcher, step.sketcher.patch_size
+    export(step, path, {"x": torch.zeros(2, sketcher.channels, 2 * p, 3 * p),
+                        "t": torch.zeros(1, 1),
+                        "condition": torch.zeros(1, sketcher.place.in_features),
+                        "targets": torch.arange(6).view(1, 1, 6)},
+           {"x": {0: "S", 2: "H", 3: "W"}, "targets": {2: "Nt"}})
 
 
 # --- images and facts -----------------------------------------------------------------------------

@@ -25,61 +25,113 @@ from tqdm import tqdm
 import data
 import evaluate
 import train
-from config import UsageError, parse_size
+from config import UsageError
 from masking import MultiBlockMasking
-from models import Block, initialize, patchify, sincos_positions, take
+from models import patchify, sincos_positions, take
 from predict_and_visualize import unpatchify
 from support import checkpoint
 
-SHARED = 8  # numbers about a pixel that the transformer's tokens hand to the pixels, and back
 SAVE_EVERY = 100  # steps
 
 
-class Sketcher(nn.Module):
-    """The velocity of a hidden block's pixels at time t, given a condition.
+def normed(x):
+    """RMSNorm of each pixel's vector, then SiLU: [B, K, H, W]. It asks no other pixel, as a group
+    norm does, so padding changes nothing."""
+    return F.silu(x * (x.square().mean(1, keepdim=True) + 1e-6).rsqrt())
 
-    widths: how many numbers a condition of each kind has, a dict; grid: the encoder's.
+
+class ConvBlock(nn.Module):
+    """x + two 3 x 3 convolutions, [B, K, H, W]; between them it is told, [B, D], what to draw.
+
+    inside [B, 1, H, W]: 1 in the block, 0 in padding, which stays black to every convolution.
     """
 
-    def __init__(self, widths, grid, patch_size=4, channels=3, width=96, depth=3, heads=3):
+    def __init__(self, inputs, outputs, told):
         super().__init__()
-        self.patch_size, self.channels = patch_size, channels
-        pixels = patch_size ** len(grid)  # of a patch
+        self.first = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.tell = nn.Linear(told, 2 * outputs)
+        self.second = nn.Conv2d(outputs, outputs, 3, padding=1)
+        self.around = nn.Conv2d(inputs, outputs, 1)
+        nn.init.zeros_(self.second.weight)
+
+    def forward(self, x, told, inside):
+        scale, shift = self.tell(told)[:, :, None, None].chunk(2, dim=1)
+        y = self.first(normed(x) * inside)
+        y = self.second(normed(y * (1 + scale) + shift) * inside)
+        return self.around(x) + y
+
+
+class Sketcher(nn.Module):
+    """The velocity of a hidden block's pixels at time t, given a condition: a small U-Net.
+
+    numbers: how many a condition of each kind has, a dict; grid: the encoder's; width: of the
+    pixels' vectors, doubled each time that the sides of the block are halved.
+    """
+
+    def __init__(self, numbers, grid, patch_size=4, channels=3, width=32, told=128):
+        super().__init__()
+        self.grid, self.patch_size, self.channels = tuple(grid), patch_size, channels
         self.conditions = nn.ModuleDict({kind: nn.Sequential(
-            nn.BatchNorm1d(numbers, affine=False), nn.Linear(numbers, width))
-            for kind, numbers in widths.items()})
-        self.clock = nn.Sequential(nn.Linear(1, width), nn.GELU(), nn.Linear(width, width))
-        self.pixel_in = nn.Sequential(nn.Linear(channels, SHARED), nn.GELU(),
-                                      nn.Linear(SHARED, SHARED))
-        self.embed = nn.Linear(SHARED * pixels, width)
-        self.register_buffer("positions", sincos_positions(grid, width), persistent=False)
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
-        self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.project = nn.Linear(width, SHARED * pixels)
-        self.pixel_out = nn.Sequential(nn.Linear(2 * SHARED, 32), nn.GELU(),
-                                       nn.Linear(32, channels))
-        self.apply(initialize)
+            nn.BatchNorm1d(K, affine=False), nn.Linear(K, told)) for kind, K in numbers.items()})
+        self.clock = nn.Sequential(nn.Linear(1, told), nn.GELU(), nn.Linear(told, told))
+        self.register_buffer("positions", sincos_positions(grid, told), persistent=False)
+        self.place = nn.Linear(told, told)
+        halvings = next(n for n in (2, 1, 0) if patch_size % 2**n == 0)  # so that any block fits
+        sizes = [width * 2**n for n in range(halvings + 1)]
+        self.start = nn.Conv2d(channels, width, 3, padding=1)
+        self.down = nn.ModuleList(ConvBlock(size, size, told) for size in sizes)
+        self.shrink = nn.ModuleList(nn.Conv2d(size, 2 * size, 2, stride=2) for size in sizes[:-1])
+        self.grow = nn.ModuleList(nn.ConvTranspose2d(2 * size, size, 2, stride=2)
+                                  for size in sizes[:-1])
+        self.up = nn.ModuleList(ConvBlock(2 * size, size, told) for size in sizes[:-1])
+        self.finish = nn.Conv2d(width, channels, 3, padding=1)
 
     def read(self, conditions):
         """Conditions, a dict of kind -> [B, K], as vectors of one width: [kinds * B, D]."""
         return torch.cat([self.conditions[kind](x) for kind, x in conditions.items()])
 
     def forward(self, x, t, condition, masks):
-        """Patches x [B, Nt, P] at times t [B, 1], a condition [B, D] as read -> [B, Nt, P].
+        """Patches x [B, Nt, P] at times t [B, 1], a condition [B, D] as read -> [B, Nt, P]."""
+        valid = masks.targets_valid[:, 0]  # [B, Nt]
+        places = pool(self.positions[masks.targets[:, 0]], masks)  # [B, D]
+        cells, (rows, columns) = lay_out(masks, self.grid)  # [B, Nt]
+        image = torch.arange(len(x), device=x.device)[:, None].expand_as(cells)  # [B, Nt]
+        canvas = x.new_zeros(len(x), rows * columns, x.shape[2] + 1)  # [B, cells, P + 1]
+        canvas[image[valid], cells[valid]] = F.pad(x[valid], (0, 1), value=1.0)
+        p, inside = self.patch_size, canvas[..., -1].unflatten(1, (1, rows, columns))
+        inside = inside.repeat_interleave(p, 2).repeat_interleave(p, 3)  # [B, 1, H, W]
+        pixels = unpatchify(canvas[..., :-1], (self.channels, rows * p, columns * p), p)
+        pixels = self.velocity(pixels, t, condition, places, inside)  # [B, C, H, W]
+        return take(patchify(pixels, p), cells)  # [B, Nt, P]
 
-        Tokens carry what concerns the whole block. What becomes of one pixel depends most of all on
-        the pixel itself, so it goes around them, and they only say what it is part of.
-        """
-        places, valid = masks.targets[:, 0], masks.targets_valid[:, 0]  # [B, Nt]
-        given = condition + self.clock(t)  # [B, D]
-        pixels = x.unflatten(2, (self.channels, -1)).mT  # [B, Nt, p*p, C]
-        pixels = self.pixel_in(pixels)  # [B, Nt, p*p, SHARED]
-        tokens = self.embed(pixels.flatten(2)) + self.positions[places] + given[:, None]  # [B,Nt,D]
-        for block in self.blocks:
-            tokens = block(tokens, valid)
-        around = self.project(self.norm(tokens)).unflatten(2, (-1, SHARED))  # [B, Nt, p*p, SHARED]
-        pixels = self.pixel_out(torch.cat([around, pixels], dim=-1))  # [B, Nt, p*p, C]
-        return pixels.mT.flatten(2)  # [B, Nt, P]
+    def velocity(self, x, t, condition, places, inside):
+        """The same for pixels [B, C, H, W] of blocks that lie at the canvas's upper left corner;
+        places [B, D]: the mean position of their patches."""
+        told = condition + self.clock(t) + self.place(places)  # [B, D]
+        insides = [inside]
+        for _ in self.shrink:
+            insides.append(insides[-1][..., ::2, ::2])  # [B, 1, H/2, W/2], [B, 1, H/4, W/4]
+        x, kept = self.start(x), []
+        for n, shrink in enumerate(self.shrink):
+            kept.append(self.down[n](x, told, insides[n]))
+            x = shrink(kept[n])  # [B, 2 * width, H/2, W/2], [B, 4 * width, H/4, W/4]
+        x = self.down[-1](x, told, insides[-1])
+        for n in reversed(range(len(self.grow))):
+            x = self.up[n](torch.cat([self.grow[n](x), kept[n]], dim=1), told, insides[n])
+        return self.finish(normed(x) * inside)  # [B, C, H, W]
+
+
+def lay_out(masks, grid):
+    """Each patch's cell on a canvas as large as the largest block: int64 [B, Nt], and the canvas's
+    rows and columns, in patches. Padding is in cell 0."""
+    places, valid = masks.targets[:, 0], masks.targets_valid[:, 0]  # [B, Nt]
+
+    def from_first(line):
+        return (line - line.masked_fill(~valid, max(grid)).amin(1, keepdim=True)) * valid
+
+    rows, columns = from_first(places // grid[1]), from_first(places % grid[1])  # [B, Nt] each
+    sides = int(rows.max()) + 1, int(columns.max()) + 1
+    return rows * sides[1] + columns, sides
 
 
 def flow_loss(sketcher, patches, condition, masks, generator):
@@ -176,29 +228,29 @@ class Subject:
 # --- training -------------------------------------------------------------------------------------
 
 
-def build(subject, size, seed=0):
-    """A Sketcher for the run, as it is before training; size: WIDTHxDEPTHxHEADS."""
+def build(subject, width=32, seed=0):
+    """A Sketcher for the run, as it is before training."""
     torch.manual_seed(seed)
     images = subject.images(subject.kept[:2])
     found = subject.conditions(images, subject.masks(2, torch.Generator().manual_seed(seed)))
-    widths = {kind: x.shape[1] for kind, x in found.items()}
+    numbers = {kind: x.shape[1] for kind, x in found.items()}
     encoder = subject.model.target_encoder
-    return Sketcher(widths, encoder.grid, encoder.patch_size, images.shape[1],
-                    *parse_size(size)).to(subject.device)
+    return Sketcher(numbers, encoder.grid, encoder.patch_size, images.shape[1],
+                    width).to(subject.device)
 
 
 def load(path, encoder, channels):
     """The Sketcher in a file that `fit` wrote, for the Encoder of the same run."""
     state = checkpoint.read(path)
-    widths = {name.split(".")[1]: weight.shape[1] for name, weight in state["sketcher"].items()
-              if name.startswith("conditions.") and weight.ndim == 2}
-    sketcher = Sketcher(widths, encoder.grid, encoder.patch_size, channels,
-                        *parse_size(state["settings"]["size"]))
+    numbers = {name.split(".")[1]: weight.shape[1] for name, weight in state["sketcher"].items()
+               if name.startswith("conditions.") and weight.ndim == 2}
+    sketcher = Sketcher(numbers, encoder.grid, encoder.patch_size, channels,
+                        state["settings"]["width"])
     sketcher.load_state_dict(state["sketcher"])
     return sketcher.eval()
 
 
-def fit(sketcher, subject, settings, path, batch_size=48, lr=3e-3):
+def fit(sketcher, subject, settings, path, batch_size=48, lr=2e-3):
     """Train the Sketcher, or finish what `path` holds; it is written now and then."""
     optimizer = torch.optim.AdamW(sketcher.parameters(), lr=lr, betas=(0.9, 0.99))
     generator, steps, start = torch.Generator().manual_seed(settings["seed"]), settings["steps"], 0

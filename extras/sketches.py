@@ -48,7 +48,9 @@ def sketches(sketcher, subject, images, masks, counts, steps=32):
     found = subject.conditions(images, masks)
     read = {kind: sketcher.read({kind: x}) for kind, x in found.items()}  # each [B, D]
     read["shuffled"] = read["predicted"].roll(1, 0)
-    return {kind: draw(sketcher, read[kind], masks, S, steps) for kind, S in counts.items()}
+    precision = train.pick_precision(subject.config, subject.device)
+    with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
+        return {kind: draw(sketcher, read[kind], masks, S, steps) for kind, S in counts.items()}
 
 
 @torch.no_grad()
@@ -113,20 +115,21 @@ def main(argv=None):
     p = command_line.Parser(description="Sketch what a run's predictor imagines.")
     p.add_argument("run", type=Path, metavar="RUN", help="run folder of an I-JEPA")
     p.add_argument("--mae", default="", metavar="RUN", help="a MAE's run, as one more control")
-    p.add_argument("--steps", type=int, default=3000, help="of training, 48 images each [3000]")
-    p.add_argument("--size", default="96x3x3", help="of the sketcher, WIDTHxDEPTHxHEADS [96x3x3]")
+    p.add_argument("--steps", type=int, default=1400, help="of training, 48 images each [1400]")
+    p.add_argument("--width", type=int, default=32, help="of the sketcher [32]")
     p.add_argument("--images", type=int, default=200, help="held-out images to measure on [200]")
     p.add_argument("--seed", type=int, default=0, help="of weights, masks and noise [0]")
     p.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     args = p.parse_args(argv)
-    check(args.steps > 0, "steps", args.steps, "1 or more")
+    for name in ("steps", "width"):
+        check(getattr(args, name) > 0, name, getattr(args, name), "1 or more")
     subject = Subject(args.run, args.mae, train.pick_device(args.device))
     if len(subject.held) < 32 or subject.dataset.labels is None:
         raise UsageError(f"{args.run} needs labels, and 32 or more images held out of training")
-    settings = {name: getattr(args, name) for name in ("mae", "steps", "size", "seed")}
+    settings = {name: getattr(args, name) for name in ("mae", "steps", "width", "seed")}
     began, worked = time.perf_counter(), time.process_time()
     path = args.run / "sketcher.pt"
-    sketcher = fit(build(subject, args.size, args.seed), subject, settings, path)
+    sketcher = fit(build(subject, args.width, args.seed), subject, settings, path)
     results = {"settings": settings, "seconds": round(time.perf_counter() - began, 1),
                "cpu_seconds": round(time.process_time() - worked, 1)}
     images = subject.images(subject.held[: args.images])

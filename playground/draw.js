@@ -61,17 +61,15 @@ export function drawPatches(element, image, block, patches) {
   });
 }
 
-/** The context, and in the hidden places the pixels of a sketch, [Nt * 3 * p * p] from 0 to 1. */
+/** The context, and in the hidden block the pixels of a sketch, [3 * H * W] from 0 to 1. */
 export function drawSketch(element, image, block, pixels) {
-  const context = drawContext(element, image, block), area = p * p;
-  split(block).hidden.forEach((place, i) => {
-    const patch = context.createImageData(p, p);
-    for (let n = 0; n < area; n++) {
-      for (let c = 0; c < 3; c++) patch.data[4 * n + c] = 255 * pixels[(3 * i + c) * area + n];
-      patch.data[4 * n + 3] = 255;
-    }
-    context.putImageData(patch, ...corner(place));
-  });
+  const context = drawContext(element, image, block), area = pixels.length / 3;
+  const sketch = context.createImageData(block.width * p, block.height * p);
+  for (let n = 0; n < area; n++) {
+    for (let c = 0; c < 3; c++) sketch.data[4 * n + c] = 255 * pixels[c * area + n];
+    sketch.data[4 * n + 3] = 255;
+  }
+  context.putImageData(sketch, block.column * p, block.row * p);
 }
 
 /** The error of each hidden patch, on a pale image. */

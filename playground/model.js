@@ -65,14 +65,15 @@ function gaussian() {
   return Math.sqrt(-2 * Math.log(1 - Math.random())) * Math.cos(2 * Math.PI * Math.random());
 }
 
-/** Draw `count` sketches of a hidden block from an answer's condition: for each, the pixels of its
-    patches, [Nt * 3 * p * p] from 0 to 1. */
+/** Draw `count` sketches of a hidden block from an answer's condition: for each, its pixels,
+    [3 * H * W] from 0 to 1. */
 export async function sketch(block, condition, count, noise = gaussian) {
-  const { hidden } = split(block), P = about.channels * about.patch ** 2;
+  const { hidden } = split(block), p = about.patch;
+  const shape = [count, about.channels, block.height * p, block.width * p];
   const float = (list, shape) => new ort.Tensor("float32", Float32Array.from(list), shape);
   const targets = indices(hidden, [1, 1, hidden.length]);
   const given = float(condition, [1, condition.length]);
-  let x = float(Array.from({ length: count * hidden.length * P }, noise), [count, hidden.length, P]);
+  let x = float(Array.from({ length: shape.reduce((a, b) => a * b) }, noise), shape);
   let pixels;
   for (let step = 0; step < about.steps; step++) {
     const model = await session("sketcher"), t = float([step / about.steps], [1, 1]);

@@ -44,7 +44,7 @@ def save_run(config, shape, change=0.0):
 def drawer():
     """The Sketcher of the small run, not trained."""
     torch.manual_seed(0)
-    return sketcher.Sketcher({"predicted": 16, "untrained": 16}, (6, 6), 4, 3, 16, 1, 1).eval()
+    return sketcher.Sketcher({"predicted": 16, "untrained": 16}, (6, 6), 4, 3, 8).eval()
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def site(tmp_path_factory):
     place = tmp_path_factory.mktemp("playground")
     config = from_preset("shapes", encoder="16x1x2", predictor="8x1x2", out=str(place / "run"))
     folder = save_run(config, (3, 2), change=0.3)
-    torch.save({"settings": {"size": "16x1x1"}, "sketcher": drawer().state_dict()},
+    torch.save({"settings": {"width": 8}, "sketcher": drawer().state_dict()},
                folder / "sketcher.pt")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("support.shapes.COUNT", {"train": 1000, "test": 60})
@@ -288,7 +288,9 @@ def test_sketches_are_drawn_from_the_prediction_alone_and_are_pytorchs(page, sit
     for step in range(playground.STEPS):
         t = torch.full((1, 1), step / playground.STEPS)
         x = x + network(x, t, told, masks) / playground.STEPS
-    expected = (x * 0.318 + 0.498).clamp(0, 1).flatten()
+    height, width = about["block"][2:]
+    expected = core.unpatchify(x, (3, 4 * height, 4 * width), 4)[0]
+    expected = (expected * 0.318 + 0.498).clamp(0, 1).flatten()
     torch.testing.assert_close(torch.tensor(found), expected, rtol=0, atol=1e-3)
     page.focus("#row")
     page.keyboard.press("ArrowDown")

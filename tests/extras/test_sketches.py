@@ -24,7 +24,7 @@ def toy():
     """A sketcher of blocks that are all light or all dark, which the condition tells, and a control
     that is told nothing."""
     torch.manual_seed(0)
-    drawer = sketcher.Sketcher({"told": 1, "none": 1}, GRID, 2, 3, 16, 1, 1)
+    drawer = sketcher.Sketcher({"told": 1, "none": 1}, GRID, 2, 3, 8)
     optimizer = torch.optim.AdamW(drawer.parameters(), lr=1e-2)
     generator = torch.Generator().manual_seed(0)
     masking = MultiBlockMasking(GRID, 1)
@@ -100,7 +100,7 @@ def run(tmp_path_factory):
 
 
 def test_the_command_trains_measures_and_draws_and_does_not_train_twice(run, capsys):
-    command = [str(run), "--steps", "3", "--size", "16x1x1", "--images", "32"]
+    command = [str(run), "--steps", "3", "--width", "8", "--images", "32"]
     sketches.main(command)
     rows = json.loads((run / "sketches.json").read_text())["rows"]
     assert rows["true block"]["agreement"] == 1
@@ -118,10 +118,10 @@ def test_the_command_trains_measures_and_draws_and_does_not_train_twice(run, cap
 def test_an_interrupted_sketcher_resumes_to_the_bit(run, tmp_path, monkeypatch):
     monkeypatch.setattr(sketcher, "SAVE_EVERY", 2)
     subject = sketcher.Subject(run)
-    given = {"mae": "", "steps": 5, "size": "16x1x1", "seed": 0}
+    given = {"mae": "", "steps": 5, "width": 8, "seed": 0}
 
     def fit(path):
-        return sketcher.fit(sketcher.build(subject, "16x1x1"), subject, given, path, batch_size=8)
+        return sketcher.fit(sketcher.build(subject, 8), subject, given, path, batch_size=8)
 
     whole, asked = fit(tmp_path / "whole.pt"), subject.conditions
     calls = iter([asked, asked, asked])
