@@ -89,7 +89,7 @@ RECIPE_FLAGS = ("--encoder 128x4x2 --predictor 64x2x2 --batch-size 32 --context-
                 "--crop-scale .6 1 --lr 1.5e-3 --lr-start 1.5e-4 --lr-final 1e-5 --betas .9 .95 "
                 "--weight-decay .05 --weight-decay-final .05 --clip-grad 3 --momentum .98 "
                 "--momentum-final .999 --held-out 5000 --measurements 5 --epochs 1000 "
-                "--max-steps 5000").split()
+                "--max-steps 7000").split()
 # The dial: the share of a shape's dots that no context predicts.
 DETAIL = (0.0, 0.5, 1.0)
 
