@@ -204,6 +204,11 @@ class Subject:
         size = self.config.image_size
         return torch.cat(list(data.batches(self.dataset, 256, size, self.device, numbers)))
 
+    def autocast(self):
+        """A context in which the run's precision is used."""
+        precision = train.pick_precision(self.config, self.device)
+        return torch.autocast(self.device.type, precision, enabled=precision != torch.float32)
+
     def masks(self, B, generator):
         """Masks of one block for B images."""
         return self.masking(B, generator).to(self.device)
@@ -269,7 +274,6 @@ def fit(sketcher, subject, settings, path, batch_size=48, lr=2e-3):
         if start < steps:
             optimizer.load_state_dict(state["optimizer"])
             generator.set_state(state["generator"])
-    precision = train.pick_precision(subject.config, subject.device)
     bar = tqdm(range(start, steps), "sketcher", steps, initial=start, unit="step")
     for step in bar:
         some = torch.randint(len(subject.kept), (batch_size,), generator=generator)
@@ -277,7 +281,7 @@ def fit(sketcher, subject, settings, path, batch_size=48, lr=2e-3):
         patches = take(patchify(images, sketcher.patch_size), masks.targets[:, 0])  # [B, Nt, P]
         rate = min(1, (step + 1) / 100) * train.cosine(lr, lr / 100, step / steps)
         optimizer.param_groups[0]["lr"] = rate
-        with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
+        with subject.autocast():
             found = subject.conditions(images, masks)
             rows = torch.arange(len(images), device=images.device).repeat(len(found))  # [kinds * B]
             loss = flow_loss(sketcher, patches[rows], sketcher.read(found), masks[rows], generator)

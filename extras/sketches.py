@@ -48,8 +48,7 @@ def sketches(sketcher, subject, images, masks, counts, steps=32):
     found = subject.conditions(images, masks)
     read = {kind: sketcher.read({kind: x}) for kind, x in found.items()}  # each [B, D]
     read["shuffled"] = read["predicted"].roll(1, 0)
-    precision = train.pick_precision(subject.config, subject.device)
-    with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
+    with subject.autocast():
         return {kind: draw(sketcher, read[kind], masks, S, steps) for kind, S in counts.items()}
 
 

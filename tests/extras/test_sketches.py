@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_readme import table
+from test_readme import section, table
 
 import config as settings
 import train
@@ -149,6 +149,9 @@ def test_the_page_says_what_was_measured():
             found = [row[kind][name] * (100 if name == "agreement" else 1) for row in rows]
             mean, deviation = statistics.mean(found), statistics.stdev(found)
             assert cell == f"{mean:.{digits}f} ± {deviation:.{digits}f}", (kind, name)
+    times = [json.loads(path.read_text())["seconds"] for path in RESULTS]
+    assert "took {:.0f} seconds on two cores, and {:.0f} and {:.0f} on one".format(
+        *times) in section("sketches.md", "How much of it comes from the prediction?")
 
 
 def test_the_prediction_was_drawn_better_than_its_controls():
