@@ -1,6 +1,6 @@
 # make demo       pretrain on synthetic shapes, evaluate, draw figures, write a page, all in runs/demo (CPU, 8 minutes)
 # make test       the whole test suite
-# make playground the demo's I-JEPA in the browser; MODEL=runs/mine for another run (needs npm)
+# make playground a trained I-JEPA in the browser; MODEL=runs/mine for a run of yours (needs npm)
 # make test-gpu   what only a CUDA GPU can show (a minute or two on one)
 # make notebooks  run both notebooks from top to bottom and keep their outputs (minutes)
 # make student    copies of both notebooks without solutions, in student/
@@ -22,7 +22,7 @@ REPOSITORY :=
 PYTHON ?= python3
 RUN := .venv/bin/python
 # What the playground shows: a run folder, or the name of one that ships; and where it is served.
-MODEL ?= runs/demo
+MODEL ?= cifar10-ijepa
 PORT ?= 8000
 # Threads wait asleep, not spinning: as fast on an idle machine, many times faster on a busy one.
 export OMP_WAIT_POLICY := PASSIVE

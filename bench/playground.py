@@ -109,6 +109,9 @@ def draw(browser, address):
     page.get_by_role("button", name="Example 11").click()
     page.locator("#image[aria-label^='Example 11']").wait_for()
     page.wait_for_timeout(2000)
+    if (sketch := page.get_by_role("button", name="Sketch", exact=True)).is_visible():
+        sketch.click()
+        page.wait_for_timeout(10_000)
     page.locator("main").screenshot(path=ROOT / "images/playground.png")
     page = open_page(browser, address, (390, 844), "dark")
     page.screenshot(path=ROOT / "images/playground_phone.png")

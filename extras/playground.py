@@ -253,17 +253,16 @@ def load(source):
     """A run folder, or a name that ships: model, masking, Config, data, evaluation (dicts), and a
     Sketcher if there is one."""
     folder, found = Path(source), Path(source) / "evaluation.json"
-    sketcher = folder / "sketcher.pt"
     with tempfile.TemporaryDirectory() as temporary:
         if source in pretrained.SHIPPED:
             folder, found = Path(temporary) / "run", pretrained.SHIPPED[source].with_suffix(".json")
             if "predictor" not in pretrained.write_run(source, folder):
                 raise UsageError(f"{source} has an encoder and no predictor, so it cannot answer; "
                                  "name a run folder, such as runs/demo")
-            sketcher = found.with_name(f"{source}-sketcher.pt")
         model, masking, config, about = train.load_run(folder)
-    sketcher = (load_sketcher(sketcher, model.target_encoder, about["channels"])
-                if sketcher.exists() else None)
+        sketcher = folder / "sketcher.pt"
+        sketcher = (load_sketcher(sketcher, model.target_encoder, about["channels"])
+                    if sketcher.exists() else None)
     return model, masking, config, about, read_json(found) if found.exists() else {}, sketcher
 
 

@@ -1,10 +1,10 @@
 """Weights from elsewhere: official I-JEPA checkpoints, Hugging Face folders, encoders of runs.
 
-    python -m extras.pretrained cifar10-small --out runs/small     ships with this code
+    python -m extras.pretrained cifar10-ijepa --out runs/cifar10   ships with this code
     python -m extras.pretrained IN1K-vit.h.14-300e --out runs/huge --dataset stl10
     python evaluate.py runs/huge
 
-    encoder = load("cifar10-small").encoder        also official weights, a folder, an encoder.pt
+    encoder = load("cifar10-ijepa").encoder        also official weights, a folder, an encoder.pt
     model = from_official("IN1K-vit.h.14-300e")    both encoders and the predictor
     encoder = from_huggingface(folder)             what transformers' IJepaModel saved
     to_official(model, path), to_huggingface(encoder, folder, mean, std)
@@ -17,6 +17,7 @@ import copy
 import json
 import math
 import re
+import shutil
 import zipfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -39,7 +40,8 @@ OFFICIAL = ("IN1K-vit.h.14-300e", "IN1K-vit.h.16-448px-300e", "IN22K-vit.h.14-90
             "IN22K-vit.g.16-600e")
 # Runs that ship with this code, written by `pack`; next to each is how it was evaluated.
 FOLDER = Path(__file__).parents[1] / "encoders"
-SHIPPED = {path.stem: path for path in sorted(FOLDER.glob("*.pt"))}
+SHIPPED = {path.stem: path for path in sorted(FOLDER.glob("*.pt"))
+           if not path.stem.endswith("-sketcher")}
 # The weights do not tell the number of heads; in the official code the width does.
 HEADS = {width: heads for width, _, heads in SIZES.values()} | {1408: 16}  # the last is ViT-giant
 # Blocks of the official code's sizes from ViT-Base on: fewer are what is left of a damaged file.
@@ -528,13 +530,20 @@ def pack(folder, path):
     """Write a run's networks with float16 weights: half the size, right to three digits.
 
     The target encoder as `encoder`, as in encoder.pt; context encoder and predictor by their names.
+    If the run has a sketcher, it is written likewise, as NAME-sketcher.pt next to NAME.pt.
     """
-    config, _, state = checkpoint.load(folder)
+    path, (config, _, state) = Path(path), checkpoint.load(folder)
     stored = {"config": asdict(config), "data": state["data"]}
     for key, value in state["model"].items():
         module, name = key.replace("target_encoder", "encoder", 1).split(".", 1)
         stored.setdefault(module, {})[name] = value.half()
     checkpoint.write(path, lambda temporary: torch.save(stored, temporary))
+    if (sketcher := Path(folder) / "sketcher.pt").exists():
+        drawn = checkpoint.read(sketcher)
+        drawn["sketcher"] = {name: value.half() if value.is_floating_point() else value
+                             for name, value in drawn["sketcher"].items()}
+        checkpoint.write(path.with_name(f"{path.stem}-sketcher.pt"),
+                         lambda temporary: torch.save(drawn, temporary))
 
 
 def load(source, data_dir="data"):
@@ -645,7 +654,8 @@ def adapt(modules, found, dataset, data_dir):
 def write_run(source, out, dataset="", data_dir="data"):
     """Make a run folder of any weights that `load` takes, for evaluate.py; returns its modules.
 
-    Of an official checkpoint it holds both encoders and the predictor, of others the encoder.
+    Of an official checkpoint it holds both encoders and the predictor, of others the encoder; of a
+    run that ships with this code, all three, and its sketcher.
     dataset: what it will be evaluated on, by default what it was trained on; a difference in how
     the two are normalized is folded into the patch embedding. Raises UsageError if out holds a run,
     or if a run folder cannot hold the encoder.
@@ -665,6 +675,9 @@ def write_run(source, out, dataset="", data_dir="data"):
     with checkpoint.open_folder(config, resume=False) as folder:
         checkpoint.write(folder / "checkpoint.pt", lambda path: torch.save(state, path))
         checkpoint.write(folder / "encoder.pt", lambda path: torch.save(small, path))
+    sketcher = FOLDER / f"{source}-sketcher.pt"
+    if sketcher.exists() and not dataset:  # it draws images normalized as in training
+        shutil.copy(sketcher, Path(out) / "sketcher.pt")
     return modules
 
 

@@ -25,7 +25,7 @@ import evaluate
 import models
 import train
 from config import UsageError, from_preset, parse_size
-from extras import pretrained
+from extras import pretrained, sketcher
 from masking import Masks, MultiBlockMasking
 from models import IJEPA, Encoder, Predictor
 from support import checkpoint
@@ -535,7 +535,7 @@ def test_what_a_run_folder_cannot_hold_is_said_in_one_line(official, tmp_path):
         assert pretrained.load(tmp_path / source).encoder.width in (32, 192)  # in Python it works
     with pytest.raises(UsageError, match="images of 1 channels, the encoder takes 3"):
         pretrained.main([str(path), "--out", str(tmp_path / "run"), "--dataset", "shapes3d"])
-    with pytest.raises(UsageError, match="expected one of cifar10-small, .*, a .pth.tar"):
+    with pytest.raises(UsageError, match="expected one of cifar10-ijepa, .*, a .pth.tar"):
         pretrained.main(["nowhere.pth.tar", "--out", str(tmp_path / "run")])
 
 
@@ -580,6 +580,9 @@ def test_a_shipped_encoder_is_small_becomes_a_run_and_has_its_accuracy_beside_it
     encoders, config, _ = evaluate.load_encoders(tmp_path / "run")
     pixels = torch.randn(2, 3, config.image_size, config.image_size)
     assert torch.equal(encoders["target"](pixels), pretrained.load(name).encoder(pixels))
+    assert path.with_name(f"{name}-sketcher.pt").stat().st_size < 4e6
+    drawer = sketcher.load(tmp_path / "run/sketcher.pt", encoders["target"], 3)
+    assert {"predicted", "true", "place only"} < drawer.conditions.keys()
 
 
 def test_evaluate_probes_both_encoders_of_an_official_checkpoint(official, tmp_path, capsys):

@@ -16,6 +16,7 @@ from models import patchify, take
 from support import shapes
 
 RESULTS = sorted((Path(__file__).parents[2] / "results").glob("sketches_seed*.json"))
+PHOTOGRAPHS = Path(__file__).parents[2] / "results/sketches_cifar10.json"
 GRID, P = (4, 4), 12  # P = 3 channels * 2 * 2 pixels
 
 
@@ -152,6 +153,20 @@ def test_the_page_says_what_was_measured():
     times = [json.loads(path.read_text())["seconds"] for path in RESULTS]
     assert "took {:.0f} seconds on two cores, and {:.0f} and {:.0f} on one".format(
         *times) in section("sketches.md", "How much of it comes from the prediction?")
+
+
+def test_the_page_says_what_was_measured_on_photographs():
+    rows = json.loads(PHOTOGRAPHS.read_text())["rows"]
+    kinds = ("true", "predicted", "untrained predictor", "untrained", "place only", "shuffled",
+             "gray block")  # in the page's order
+    lines = table("sketches.md", "Photographs").values()
+    assert [[cell.strip("*") for cell in cells] for cells in lines] == [
+        [f"{100 * rows[kind]['agreement']:.1f}", f"{rows[kind]['likeness']:.2f}",
+         f"{rows[kind]['spread']:.2f}"] for kind in kinds]
+    place = rows["place only"]
+    assert rows["predicted"]["agreement"] > max(place["agreement"] + 0.1,
+                                                rows["untrained predictor"]["agreement"])
+    assert rows["predicted"]["spread"] < place["spread"] - 0.2
 
 
 def test_the_prediction_was_drawn_better_than_its_controls():
