@@ -2,7 +2,8 @@
 
     make playground                                      or only its parts: the data, npm ci
     python bench/playground.py > results/playground.json
-    python bench/playground.py --pictures                also writes images/playground*.png
+    python bench/playground.py --pictures                also writes images/playground*.png, of a
+                                                         model with a sketcher
 
 For blocks of several sizes: milliseconds from the mouse's last movement until the answer is drawn,
 and CPU time of the whole browser for each. Needs playwright and Chromium (requirements-test.txt).
@@ -109,9 +110,8 @@ def draw(browser, address):
     page.get_by_role("button", name="Example 11").click()
     page.locator("#image[aria-label^='Example 11']").wait_for()
     page.wait_for_timeout(2000)
-    if (sketch := page.get_by_role("button", name="Sketch", exact=True)).is_visible():
-        sketch.click()
-        page.wait_for_timeout(10_000)
+    page.get_by_role("button", name="Sketch", exact=True).click()
+    page.get_by_role("img", name="Sketch 8").wait_for()
     page.locator("main").screenshot(path=ROOT / "images/playground.png")
     page = open_page(browser, address, (390, 844), "dark")
     page.screenshot(path=ROOT / "images/playground_phone.png")

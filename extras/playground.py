@@ -260,9 +260,9 @@ def load(source):
                 raise UsageError(f"{source} has an encoder and no predictor, so it cannot answer; "
                                  "name a run folder, such as runs/demo")
         model, masking, config, about = train.load_run(folder)
-        sketcher = folder / "sketcher.pt"
-        sketcher = (load_sketcher(sketcher, model.target_encoder, about["channels"])
-                    if sketcher.exists() else None)
+        path = folder / "sketcher.pt"
+        sketcher = (load_sketcher(path, model.target_encoder, about["channels"])
+                    if path.exists() else None)
     return model, masking, config, about, read_json(found) if found.exists() else {}, sketcher
 
 

@@ -672,12 +672,12 @@ def write_run(source, out, dataset="", data_dir="data"):
     progress = {"step": 0, "total": 0, "seconds": 0.0}
     state = checkpoint.finished(config, about, progress, weights)
     small = {"config": state["config"], "data": about, "encoder": encoder.state_dict()}
+    sketcher = FOLDER / f"{source}-sketcher.pt"
     with checkpoint.open_folder(config, resume=False) as folder:
         checkpoint.write(folder / "checkpoint.pt", lambda path: torch.save(state, path))
         checkpoint.write(folder / "encoder.pt", lambda path: torch.save(small, path))
-    sketcher = FOLDER / f"{source}-sketcher.pt"
-    if sketcher.exists() and not dataset:  # it draws images normalized as in training
-        shutil.copy(sketcher, Path(out) / "sketcher.pt")
+        if sketcher.exists() and not dataset:  # it draws images normalized as in training
+            shutil.copy(sketcher, folder / "sketcher.pt")
     return modules
 
 
