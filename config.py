@@ -45,9 +45,9 @@ class Config:
     loss: str = setting("smooth_l1", "smooth_l1 (official code) or l2 (paper)", ("smooth_l1", "l2"))
     # Optimization: every schedule counts optimizer steps
     epochs: int = setting(10, "passes over the training images (paper 300 to 600)")
-    max_steps: int = setting(0, "stop after so many steps, schedules fitted to them; 0 is no limit")
+    max_steps: int = setting(0, "stop after this many steps, which the schedules span; 0: no limit")
     batch_size: int = setting(64, "images in a forward pass (paper 2048 over 16 GPUs)")
-    accumulation: int = setting(1, "forward passes to an optimizer step")
+    accumulation: int = setting(1, "forward passes per optimizer step")
     lr: float = setting(3e-3, "learning rate after the warmup (paper 1e-3)")
     lr_start: float = setting(3e-4, "learning rate at the first step (paper 1e-4)")
     lr_final: float = setting(1e-6, "learning rate at the last step, along a cosine (paper 1e-6)")
@@ -61,8 +61,8 @@ class Config:
     momentum_final: float = setting(0.995, "EMA momentum at the last step, linearly (paper 1)")
     # The run
     held_out: int = setting(
-        512, "training images kept out to measure the features on, a tenth of all at most")
-    measurements: int = setting(20, "how often a run measures its features; 0 is never")
+        512, "training images held out to measure the features on, at most a tenth of all")
+    measurements: int = setting(20, "how many times a run measures its features; 0 is never")
     seed: int = setting(0, "seed of the initial weights, data order, crops and masks")
     device: str = setting(
         "auto", "auto is cuda where there is one, else cpu", ("auto", "cpu", "cuda", "mps"))
@@ -75,8 +75,8 @@ class Config:
     out: str = setting("", "run folder; empty is runs/PRESET")
 
 
-# So that 20 of 64 patches can be kept, 7.5% of the images have a target block laid onto another
-# (shapes, 12 of 36: 1.2%; docs/differences.md).
+# To keep 20 of 64 patches, a target block has to be replaced by a copy of the first one in 7.5% of
+# the images (shapes, 12 of 36: 1.2%; docs/differences.md).
 CIFAR = dict(
     dataset="cifar10", image_size=32, encoder="192x6x3", predictor="96x4x2", crop_scale=(0.3, 1.0),
     flip=True, context_size=20, epochs=300, batch_size=256, lr=1e-3, lr_start=1e-4,
@@ -141,7 +141,8 @@ def parse_size(size, name="encoder"):
     check(len(parts) == 3 and all(part.isdecimal() and 0 < int(part) < 10_000 for part in parts),
           name, size, f"width x depth x heads, such as 192x6x3, or {', '.join(SIZES)}")
     width, depth, heads = map(int, parts)
-    check(width % heads == 0 and width % 4 == 0, name, size, "a width divisible by 4 and the heads")
+    check(width % heads == 0 and width % 4 == 0, name, size,
+          "a width divisible by 4 and by the number of heads")
     return width, depth, heads
 
 

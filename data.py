@@ -166,12 +166,14 @@ def random_resized_crop(images, size, scale, draws):
 
 def batches(dataset, batch_size, image_size, device="cpu", order=None, generator=None,
             crop_scale=(1.0, 1.0), flip=False, workers=8, share=(0, 1)):
-    """Iterate over normalized float32 images [B, C, H, W] on the device; the last may be fewer.
+    """Iterate over normalized float32 images [B, C, H, W] on the device; the last batch may be
+    smaller.
 
-    order: image numbers, int64 (None: all, in order). image_size: pixels. Without a generator (on
-    the CPU) images are only resized; with one, each is cropped to an area in crop_scale, unless
-    that is (1, 1), and with `flip` half are mirrored. workers: processes that decode a LazyFolder.
-    share: (rank, processes): only this process's rows of each batch, the same as with one process.
+    order: image numbers, int64 (None: all, in order). image_size: pixels. generator: a CPU
+    generator; without one, images are only resized. With one, each is cropped to an area in
+    crop_scale, unless that is (1, 1), and with `flip` half are mirrored. workers: processes that
+    decode a LazyFolder. share: (rank, processes); yields only this process's rows of each batch,
+    which are the same as if one process made them all.
     """
     check_range("crop_scale", tuple(crop_scale), 1e-6, 1)
     order = torch.arange(len(dataset)) if order is None else order

@@ -71,8 +71,8 @@ def measure(model, masking, images, labeled=None, batch_size=128):
 
     target_std, rank: of the target encoder's features. cosine: between predictions and targets,
     next to mean_cosine, what the *mean target of that place* would reach without looking at the
-    image. knn, if labeled is (bank images, their labels, query images, their labels).
-    The masks are the same at every call. The model's mode is left as it was.
+    image; both are left out if masking is None. knn, if labeled is (bank images, their labels,
+    query images, their labels). The masks are the same at every call. The model's mode is restored.
     """
     was_training, generator = model.training, torch.Generator().manual_seed(0)
     model.eval()

@@ -38,11 +38,11 @@ from support.results import ROWS, provenance, summary, table, write_json
 
 
 @torch.no_grad()
-def features(encoder, dataset, image_size, device="cpu", batch_size=None, quiet=None):
+def features(encoder, dataset, image_size, device="cpu", batch_size=None):
     """Average of the patch tokens of every image, float32 [n, D] on the CPU (appendix A.2).
 
-    image_size: pixels. batch_size: 512 if None, fewer above 96 pixels. quiet: no progress bar;
-    None shows one on a terminal. The encoder computes in eval mode; its mode is left as it was.
+    image_size: pixels. batch_size: 512 if None, fewer above 96 pixels. The encoder computes in eval
+    mode; its mode is restored.
     """
     if batch_size is None:
         area = image_size**2 if isinstance(image_size, int) else math.prod(image_size)
@@ -50,7 +50,7 @@ def features(encoder, dataset, image_size, device="cpu", batch_size=None, quiet=
     batches = data.batches(dataset, batch_size, image_size, device)
     total, was_training, pooled = math.ceil(len(dataset) / batch_size), encoder.training, []
     encoder.eval()
-    for images in tqdm(batches, "features", total, leave=False, disable=quiet):
+    for images in tqdm(batches, "features", total, leave=False, disable=None):
         pooled.append(encoder(images).float().mean(dim=1).cpu())  # [B, D]
     encoder.train(was_training)
     return torch.cat(pooled)  # [n, D]
@@ -250,6 +250,7 @@ def collapse_measures(folder, encoder, dataset, seed, device):
     chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:512]
     batches = data.batches(dataset.subset(chosen), 128, encoder.image_size, device)
     found = diagnostics.measure(model, masking, torch.cat(list(batches)))
+    # Measures from before training are not known here: only the absolute thresholds can warn.
     return {"measures": found, "warnings": [*diagnostics.warnings(found, found, 1.0).values()]}
 
 
@@ -313,7 +314,7 @@ def parse(argv):
     p.add_argument("--dataset", help="labeled data, if not what the run was trained on")
     p.add_argument("--data-dir", help="folder of the data, if not the run's")
     p.add_argument("--train-images", type=int, default=10_000,
-                   help="labeled training images, as many of each class; 0 is all [10000]")
+                   help="labeled training images, equally many per class; 0 is all [10000]")
     p.add_argument("--test-images", type=int, default=0, help="test images; 0 is all [0]")
     p.add_argument("--seed", type=int, help="seed of the subsets, the held-out images and the "
                    "untrained encoder [the run's]")
@@ -328,9 +329,9 @@ def main(argv=None):
     """The command line: print a table and write RUN/evaluation.json for each run."""
     args = parse(argv)
     used = {args.dataset or checkpoint.load(folder)[0].dataset for folder in args.runs}
-    if len(used) > 1:  # said before the first one takes its minutes
-        raise UsageError(f"a mean over runs of {' and '.join(sorted(used))} says nothing; evaluate "
-                         "them one by one, or on the same --dataset")
+    if len(used) > 1:  # checked now, not after minutes of evaluation
+        raise UsageError(f"a mean over runs of {' and '.join(sorted(used))} is meaningless; "
+                         "evaluate them one by one, or on the same --dataset")
     command = "python evaluate.py " + shlex.join(sys.argv[1:] if argv is None else map(str, argv))
     runs = [evaluate_run(folder, args, command) for folder in args.runs]
     if len(runs) > 1 and all(run["features"] for run in runs):

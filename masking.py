@@ -25,7 +25,7 @@ from config import UsageError, check, check_range
 class Masks:
     """Raster indices of the patches that are seen (context) and predicted (targets).
 
-    Lists are padded to the longest of the batch with index 0; `valid` is False at padding.
+    Lists are padded to the longest of the batch with index 0; the `_valid` fields are False there.
 
     context int64 [B, Nc], context_valid bool [B, Nc];
     targets int64 [B, M, Nt], targets_valid bool [B, M, Nt].
@@ -38,7 +38,7 @@ class Masks:
 
     def to(self, device):
         """The same masks on another device."""
-        wait = torch.device(device).type == "mps"  # it may read a copy's source once that is freed
+        wait = torch.device(device).type == "mps"  # an MPS copy may read a freed source
         return Masks(*(part.to(device, non_blocking=not wait) for part in vars(self).values()))
 
     def __len__(self):

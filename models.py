@@ -45,11 +45,11 @@ class PatchEmbed(nn.Module):
 
 
 def sincos_positions(grid, width):
-    """Fixed 2-D sine-cosine positions of the patches, float32 [N, width] (paper appendix A.1).
+    """Fixed sine-cosine positions of the patches, float32 [N, width] (paper appendix A.1).
 
-    Half of the width encodes the column, half the row (of three axes, each a third): first the
-    sines, then the cosines of coordinate / 10000**(i / K) for i = 0 ... K - 1, with K = width / 4.
-    As in the official code. What K cannot fill of the width stays 0.
+    As in the official code, half of the width encodes the column and half the row: in each half
+    first the sines, then the cosines of coordinate / 10000**(i / K) for i = 0 ... K - 1, with
+    K = width // 4. Each of three axes has a third, with K = width // 6. Numbers left over are 0.
     """
     K = width // (2 * len(grid))
     frequency = 10000.0 ** -(torch.arange(K, dtype=torch.float64) / K)  # [K]
@@ -75,9 +75,9 @@ def take(tokens, indices):
 def explicit_attention(q, k, v, mask=None):
     """Softmax attention written out: q, k, v [B, nh, N, D/nh] -> [B, nh, N, D/nh].
 
-    mask: bool, broadcast to [B, nh, N, N], True where a query may attend to a key. On a CPU the
-    model computes attention so: in bfloat16 that is faster than the fused kernel, which it calls
-    elsewhere and which the tests prove equal.
+    mask: bool, broadcast to [B, nh, N, N], True where a query may attend to a key. The model uses
+    this on a CPU, where in bfloat16 it is faster than the fused kernel, and the kernel elsewhere;
+    the tests check that both give the same result.
     """
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # [B, nh, N, N]
     if mask is not None:
@@ -126,7 +126,7 @@ def initialize(module):
     """Linear weights Xavier-uniform, biases 0, as in MAE.
 
     Differs: the official code draws from a normal of deviation .02. At the widths of small models
-    that is far below Xavier's, and positions, whose size is about 1, would drown the patches. For
+    that is far below Xavier's, and the positions, sines and cosines, would drown the patches. For
     the same reason Encoder doubles the weights of its patch embedding.
     """
     if isinstance(module, nn.Linear):
@@ -139,7 +139,7 @@ class Encoder(nn.Module):
 
     image_size and patch_size in pixels; image_size is one number for a square image, or (H, W).
     Attributes: width (D), grid (patches along each axis), image_size.
-    Raises UsageError if the patch size does not divide the image size, or the heads the width.
+    Raises UsageError unless the patch size divides the image size, and 4 and the heads the width.
     """
 
     def __init__(self, width=192, depth=6, heads=3, image_size=32, patch_size=4, channels=3,
@@ -242,8 +242,9 @@ class IJEPA(nn.Module):
     things prevent it. No gradient reaches the targets, and the encoder that makes them follows
     slowly. After training only the target encoder is kept.
 
-    encoder: an Encoder, or a module with the call encoder(images, indices=None, valid=None) that
-    attends to valid patches only, and no state besides its weights (the EMA skips buffers).
+    encoder: an Encoder, or a module that is called as encoder(images, indices=None, valid=None) and
+    attends to valid patches only. It must have no buffers that change: the EMA updates only
+    parameters.
     """
 
     def __init__(self, encoder, predictor, loss="smooth_l1"):

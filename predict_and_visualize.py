@@ -135,9 +135,9 @@ def imagine(model, untrained, images, pictures, masks, gallery):
 def neighbors_figure(model, untrained, images, pictures, masks, gallery, title=""):
     """What the predictor imagines: hidden patches, filled from a gallery of other images' patches.
 
-    In each hidden place stands the patch whose target feature is nearest (cosine) to the predicted
-    one. Two controls: nearest to the *true* feature, the best that this gallery can do, and to what
-    an `untrained` predictor answers.
+    Each hidden place shows the patch whose target feature is nearest (cosine) to the predicted one.
+    Two controls: the patch nearest to the *true* feature, the best that this gallery can do, and
+    the one nearest to what an `untrained` predictor answers.
     """
     return table(imagine(model, untrained, images, pictures, masks, gallery), title, side=2)[0]
 
@@ -161,7 +161,7 @@ def arrange(features, start=None, seed=0):
 def tsne_figure(features, labels, class_names, title="", seed=0):
     """t-SNE of several features of the same images, side by side, in the colors of ten classes.
 
-    Each panel also says how often an image's nearest, by cosine of all D dimensions, has its class.
+    Panel titles say how often an image's nearest neighbor (cosine of all D numbers) has its class.
     features: a dict of name -> float [n, D]; labels int64 [n]. Raises UsageError if n is below 2.
     """
     n, labels = len(labels), labels.cpu()

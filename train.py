@@ -86,7 +86,7 @@ def pick_precision(config, device):
         name = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
     elif name == "auto":
         units = ("amx_tile", "avx512_bf16") if device.type == "cpu" else ()
-        # bool() is False: what torch says if it is too old to be asked
+        # A torch too old for these queries gets `bool` in their place, and bool() is False.
         found = (getattr(torch.cpu, f"_is_{unit}_supported", bool)() for unit in units)
         name = "bf16" if any(found) else "fp32"
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
@@ -185,10 +185,12 @@ def train(config, model=None, masking=None, dataset=None, resume=False, override
           program="train.py"):
     """Pretrain as the Config says and fill its run folder; returns the model.
 
-    model: one of your own (extras/mae.py shows how), called as model(images, masks) with masks from
-    `masking`, or as model(images, labels) if that is None; by default I-JEPA. Its output has a
-    `loss`, and it has `update_target(momentum)`. program: what to type after `python` to resume it.
-    Raises UsageError if settings, data and folder do not fit, and if the loss is NaN or infinite.
+    model: I-JEPA by default, or your own (extras/mae.py is an example). It is called as
+    model(images, masks) with masks from `masking`, or as model(images, labels) if that is None, and
+    returns a NamedTuple with a `loss`. It needs `context_encoder`, `target_encoder` (they may be
+    the same) and `update_target(momentum)`. program: what to type after `python` to resume the run.
+    Raises UsageError if settings, data and folder do not fit, and if the loss is NaN or infinite; a
+    run that is stopped is saved and exits with status 130.
     """
     device = pick_device(config.device)
     if dataset is None:
@@ -230,7 +232,7 @@ def loop(config, run, masking, stream, watch, steps_per_epoch):
         if watch:
             watch.before = metrics.before  # what a resumed run measured before training
             if run.step == 0:
-                metrics.append({"step": 0, "epoch": 0.0, **look(watch, run, masking)})
+                metrics.append({"step": 0, "epoch": 0.0, **measure_and_warn(watch, run, masking)})
         while run.step < run.total:
             stop, due = distributed.any_of(signals.stop, run.is_due())
             if stop:
@@ -244,7 +246,7 @@ def loop(config, run, masking, stream, watch, steps_per_epoch):
             if run.step % log_every == 0 or measuring:
                 row = read(config, run, values, steps_per_epoch)
                 if watch and measuring:
-                    row |= look(watch, run, masking)
+                    row |= measure_and_warn(watch, run, masking)
                 metrics.append(row)
                 bar.set_postfix_str(f"loss {row['loss']:.4f}, {row['images_per_second']} images/s",
                                     refresh=False)
@@ -265,7 +267,7 @@ def read(config, run, values, steps_per_epoch):
             "images_per_second": round(rate, 1), "seconds": round(run.seconds(), 1)}
 
 
-def look(watch, run, masking):
+def measure_and_warn(watch, run, masking):
     """Measure the model, print what looks wrong and what to try, and return the measures."""
     found, warnings = watch(run.model, masking, run.step / run.total, run.device)
     for warning in warnings:

@@ -69,7 +69,7 @@ class TruncatedMasking(MultiBlockMasking):
 
 
 def truncated(config, grid):
-    """The TruncatedMasking that a Config describes, on a grid."""
+    """The TruncatedMasking that a Config describes, on a grid; it never merges targets."""
     return TruncatedMasking(grid, config.num_targets, config.target_scale, config.target_aspect,
                             config.context_scale, config.context_size)
 

@@ -90,7 +90,7 @@ def build(config, sides, channels):
     min_keep = max(1, min(4, math.prod(encoder.grid) // 4))  # a small grid has no 4 to spare
     masking = MultiBlockMasking(encoder.grid, config.num_targets, config.target_scale,
                                 config.target_aspect, config.context_scale, config.context_size,
-                                min_keep)
+                                min_keep, config.merge_targets)
     return IJEPA(encoder, predictor, config.loss), masking
 
 
@@ -266,7 +266,7 @@ class IJEPATransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
                           UserWarning, stacklevel=6)  # who calls transform, past its decorators
 
     def _dataset(self, images):
-        """The images with fit's statistics / 255: data.normalize divides pixels by that."""
+        """The images with fit's statistics divided by 255, as data.normalize divides pixels."""
         mean, std = (tuple((values / 255).tolist()) for values in (self.mean_, self.std_))
         return data.ImageDataset("array", torch.from_numpy(images), None, None, mean, std)
 

@@ -7,8 +7,8 @@
 
 A run is a process of its own, `python PROGRAM FLAGS`, in runs/experiments. Flags that are not
 listed by --help go to every run. Scores are written to results/NAME.json and NAME.md after each
-run. If stopped, the same command continues, and a seed more trains that seed only: what the JSON
-file knows of the same commands is kept. What it holds of other commands is overwritten.
+run. To continue after a stop, repeat the command; if a seed is added, only that seed is trained.
+Scores in the JSON file are kept if the new command plans the same runs; all others are dropped.
 """
 
 import csv
@@ -66,8 +66,8 @@ ABLATIONS = {
     "momentum 1": ("-m extras.ablations momentum-1", "", "-"),
 }
 SEVERAL = "-m extras.recipe --masks-per-image"
-# Changes of one recipe, judged on held-out training images after as many seconds as the first row,
-# or the share of them that stands third. SEED is the run's: a student has the teacher of its seed.
+# Changes of one recipe, judged on held-out training images after as many seconds as the first row
+# takes, or after the share of them that is the third entry. SEED becomes the run's own seed.
 RECIPE = {
     "4 masks of 32 images": (f"{SEVERAL} 4", ""),
     "an MAE, a third of the time": ("-m extras.mae", "--batch-size 128", 1 / 3),

@@ -34,7 +34,7 @@ class RandomMasking:
 
     def __init__(self, grid, hidden=0.75):
         self.grid, self.N = tuple(grid), math.prod(grid)
-        self.count = round(self.N * hidden) if 0 < hidden < 1 else 0  # NaN has no number either
+        self.count = round(self.N * hidden) if 0 < hidden < 1 else 0  # round(NaN) raises
         check(0 < self.count < self.N, "mask_ratio", hidden,
               f"a fraction that hides at least 1 of {self.N} patches and leaves at least 1")
 

@@ -163,7 +163,7 @@ def export(module, path, inputs, dims):
                      for axis, dim in dims.get(name, {}).items()} for name in inputs}
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it lists what is not installed
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # about its own future
+        warnings.simplefilter("ignore")  # torch.onnx warns of its own deprecations
         names = list(module(**inputs))
         torch.onnx.export(module.eval(), kwargs=inputs, f=path, dynamo=True, verbose=False,
                           external_data=False, input_names=list(inputs), output_names=names,

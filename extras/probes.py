@@ -2,6 +2,7 @@
 
     python evaluate.py RUN                           first: what follows uses its images and seed
     python -m extras.probes RUN                      heads, few labels, precision@5, STL-10's folds
+    python -m extras.probes RUN --few-labels         only that: the curve of few labels
     python -m extras.probes RUN --attentive 20       only that: an attentive probe
     python -m extras.probes RUN --finetune 30        only that: the whole encoder on the labels
     python -m extras.probes RUN --compare OTHER      only that: how alike two encoders are
@@ -163,9 +164,9 @@ def segmentation(model, masking, untrained, n=1000, seed=0):
     """How well one patch's token tells whether the patch lies on the synthetic shape: a dict of
     intersections over union on n test images.
 
-    A logistic regression on the layer-normed tokens of n training images reads the tokens of the
-    target encoder, of an untrained encoder, and pixels. "predicted": the first reads, at hidden
-    patches, what the predictor says. So it shows where the predictor imagines the shape to be.
+    A logistic regression is fitted to the layer-normed tokens of n training images, one for the
+    target encoder, one for an untrained encoder, one for pixels. "predicted": the first, applied to
+    what the predictor says of hidden patches, shows where the predictor imagines the shape to be.
     """
     p, rows, readers = model.target_encoder.patch_size, {}, {}
     images, covers = [], []

@@ -4,10 +4,10 @@
     python -m extras.recipe --preset cifar10 --target-blocks 2 4 6
     python -m extras.recipe --preset cifar10 --teacher runs/cifar10-mae
 
-Several masks of an image share one pass of the target encoder, half of a step's cost. Targets of
-several blocks side by side ask for more than the last one's. A frozen teacher, an encoder that is
-trained already, needs no bootstrap. Loop, data and probes stay the same. Notation as in models.py;
-K masks an image, L target blocks.
+Several masks of an image share one pass of the target encoder, half of a step's cost. Targets
+concatenated from several transformer blocks ask for more than the last block's output. A frozen
+teacher, an encoder that is already trained, needs no bootstrap. Loop, data and probes stay the
+same. Notation as in models.py; K masks per image, L transformer blocks that give the targets.
 """
 
 import copy
@@ -38,9 +38,10 @@ class SeveralMasks:
 class Recipe(IJEPA):
     """I-JEPA with several masks an image, targets of several blocks, and perhaps a frozen teacher.
 
-    blocks: numbers, from 1, of the target encoder's blocks whose outputs, each layer-normed, are
-    predicted side by side; none: the last one's, after the encoder's own norm. teacher: an Encoder
-    that makes the targets and never changes; the target encoder, which is kept, only follows.
+    blocks: numbers, from 1, of the target encoder's transformer blocks (not of target blocks in the
+    grid); their outputs, each layer-normed and then concatenated, are the targets. If empty, the
+    encoder's output is. teacher: an Encoder that makes the targets and never changes; the target
+    encoder, which is kept, only follows.
     """
 
     def __init__(self, encoder, predictor, loss="smooth_l1", blocks=(), teacher=None):
@@ -93,7 +94,7 @@ def parser(description):
     p.add_argument("--masks-per-image", type=int, default=1, metavar="K",
                    help="masks of each image in a step [1]")
     p.add_argument("--target-blocks", type=int, nargs="+", default=[], metavar="NUMBER",
-                   help="blocks of the target encoder, from 1, predicted side by side [the last]")
+                   help="transformer blocks whose outputs are the targets, from 1 [the last]")
     p.add_argument("--teacher", default="", metavar="RUN",
                    help="a run whose target encoder, frozen, makes the targets [none]")
     return p

@@ -35,15 +35,16 @@ SAVE_EVERY = 100  # steps
 
 
 def normed(x):
-    """RMSNorm of each pixel's vector, then SiLU: [B, K, H, W]. It asks no other pixel, as a group
-    norm does, so padding changes nothing."""
+    """RMSNorm of each pixel's vector, then SiLU: [B, K, H, W]. Unlike a group norm it uses no other
+    pixel, so padding changes nothing."""
     return F.silu(x * (x.square().mean(1, keepdim=True) + 1e-6).rsqrt())
 
 
 class ConvBlock(nn.Module):
-    """x + two 3 x 3 convolutions, [B, K, H, W]; between them it is told, [B, D], what to draw.
+    """A 1 x 1 convolution of x, plus two 3 x 3 convolutions: [B, K, H, W] -> [B, K', H, W].
 
-    inside [B, 1, H, W]: 1 in the block, 0 in padding, which stays black to every convolution.
+    told [B, D], what to draw, scales and shifts the features between the two. inside [B, 1, H, W]:
+    1 in the block, 0 in padding, so the 3 x 3 convolutions read zeros there.
     """
 
     def __init__(self, inputs, outputs, told):

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from config import Config, UsageError
 from support import distributed
 
-# Settings that may differ when a run resumes: they cannot change its result.
+# Settings that may differ when a run resumes. `dataset` is only a name: the images are compared.
 FREE = ("out", "device", "workers", "checkpoint_minutes", "measurements", "log_to", "data_dir",
         "dataset", "compile")
 PARTS = {"config": dict, "data": dict, "progress": dict, "model": dict, "optimizer": dict,
@@ -101,7 +101,7 @@ def write_settings(folder, config):
 def read(path):
     """The dict in a file of torch.save, on the CPU; UsageError if there is none to be read."""
     try:
-        with warnings.catch_warnings():  # torch's thoughts about a strange file help nobody
+        with warnings.catch_warnings():  # the UsageError below says what is wrong
             warnings.simplefilter("ignore")
             return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # torch raises many kinds for a damaged or an unsafe file

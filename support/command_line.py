@@ -38,7 +38,7 @@ def parser(description):
     p.add_argument("--preset", default="shapes", help="named settings that the other flags change")
     p.add_argument("--resume", action="store_true", help="resume the run in --out")
     p.add_argument("--override", action="store_true",
-                   help="with --resume: although the settings or the data are not the run's")
+                   help="with --resume: resume even if settings or data differ from the run's")
     for f in fields(Config):
         flag, default = "--" + f.name.replace("_", "-"), argparse.SUPPRESS
         shown = " ".join(map(str, f.default)) if f.type is Pair else f.default

@@ -70,7 +70,7 @@ def team(device):
     try:
         yield
     finally:
-        gc.collect()  # a Parallel, gone but for its cycles, would keep the group's threads alive
+        gc.collect()  # an unused Parallel in a reference cycle keeps the group's threads alive
         dist.destroy_process_group()
 
 

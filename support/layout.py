@@ -1,7 +1,7 @@
 """Image folders: which files are images, and the split and class of each.
 
-Splits, classes and wrappers go by many names. What is recognized is read, what is left out is said,
-and what could be meant in two ways is refused.
+Splits, classes and wrappers go by many names. Recognized layouts are read, files that are left out
+are reported, and ambiguous layouts are rejected.
 """
 
 import os
@@ -146,7 +146,7 @@ SPLITS = {"train": "train", "training": "train", "trainset": "train", "test": "t
           "testing": "test", "testset": "test", "val": "val", "valid": "val", "validation": "val",
           "valset": "val", "dev": "val"}
 IMAGES = ("images", "image", "imgs", "img", "jpegimages")  # folders that are no class
-LEVELS = (*IMAGES, "unknown", "unlabeled", "unlabeled", "all")  # nor are these, if alone
+LEVELS = (*IMAGES, "unknown", "unlabeled", "unlabelled", "all")  # nor are these, if alone
 
 
 def words(name):
@@ -325,8 +325,8 @@ def number_classes(place, classes, class_names, loose):
 def read_folder(folder, split, size=None):
     """The fields of an ImageDataset: the images below a folder, as uint8 [n, 3, size, size].
 
-    Sub-folders, sorted, are the classes, train/'s those of all splits; a flat folder has no labels.
-    If test/ has none, and val/ has, val/ replaces it.
+    The sorted sub-folders are the classes; those of train/ apply to all splits. A flat folder has
+    no labels. If the images in test/ have no labels and those in val/ do, val/ replaces test/.
     Differs from the official code: crops are cut from the stored center square, not from the whole
     photograph.
     """

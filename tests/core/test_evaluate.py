@@ -284,7 +284,7 @@ def test_runs_of_different_data_have_no_mean(run, monkeypatch):
     configs = iter(["shapes", "cifar10"])
     monkeypatch.setattr(evaluate.checkpoint, "load", lambda folder: (
         types.SimpleNamespace(dataset=next(configs)), None, None))
-    with pytest.raises(UsageError, match="cifar10 and shapes says nothing"):
+    with pytest.raises(UsageError, match="cifar10 and shapes is meaningless"):
         evaluate.main(["one", "two"])
 
 

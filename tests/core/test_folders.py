@@ -120,10 +120,11 @@ def test_a_flat_test_does_not_hide_a_labeled_val(tmp_path, capsys):
     assert f"those in {tmp_path / 'val'} are the test split" in capsys.readouterr().out
 
 
-def test_a_flat_test_alone_has_no_labels(tmp_path):
+@pytest.mark.parametrize("folder", ["unknown", "unlabeled", "unlabelled"])
+def test_a_flat_test_alone_has_no_labels(tmp_path, folder):
     for name in ("cat", "dog"):
         pictures(tmp_path / "train" / name, 1)
-    pictures(tmp_path / "test" / "unknown", 5)
+    pictures(tmp_path / "test" / folder, 5)
     assert load(tmp_path, "test").labels is None and len(load(tmp_path, "test")) == 5
 
 

@@ -51,7 +51,7 @@ WRONG = [
     ("--patch-size 5", "--patch-size is 5", "a divisor of the image size, 24 pixels"),
     ("--patch-size 24", "--num-targets is 4", "from 1 to 1"),
     ("--encoder vast", "--encoder is 'vast'", "width x depth x heads"),
-    ("--encoder 32x1x5", "--encoder is '32x1x5'", "divisible by 4 and the heads"),
+    ("--encoder 32x1x5", "--encoder is '32x1x5'", "divisible by 4 and by the number of heads"),
     ("--encoder 32x0x4", "--encoder is '32x0x4'", "width x depth x heads"),
     ("--predictor 10x1x1", "--predictor is '10x1x1'", "divisible by 4"),
     ("--loss l1", "--loss is 'l1'", "smooth_l1, l2"),

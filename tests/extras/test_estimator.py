@@ -169,6 +169,12 @@ def test_the_features_are_those_of_evaluate():
     assert np.allclose(features, expected, atol=1e-6)  # the mean is summed in another order
 
 
+def test_merged_targets_are_another_loss():
+    one_by_one, merged = (tiny(settings={"merge_targets": merge}).fit(IMAGES).loss_curve_
+                          for merge in (False, True))
+    assert not np.allclose(one_by_one, merged)
+
+
 def test_before_fit_there_are_no_features():
     with pytest.raises(NotFittedError):
         tiny().transform(DIGITS)
