@@ -74,7 +74,6 @@ RECIPE = {
     "one pass for each target block": (f"{SEVERAL} 4", "--no-merge-targets"),
     "1 mask of 128 images": (f"{SEVERAL} 1", "--batch-size 128"),
     "2 masks of 64 images": (f"{SEVERAL} 2", "--batch-size 64"),
-    "4 masks of 64 images": (f"{SEVERAL} 4", "--batch-size 64"),
     "crops from .3": (f"{SEVERAL} 4", "--crop-scale .3 1"),
     "no crops": (f"{SEVERAL} 4", "--crop-scale 1 1"),
     "context of 24 patches": (f"{SEVERAL} 4", "--context-size 24"),
@@ -196,21 +195,24 @@ class Table:
         return rows
 
     def fill(self):
-        """Train and score what is not known, args.jobs trainings at a time."""
+        """Train what is not known, args.jobs runs at a time, and score each when it is done."""
         wanted = {"linear", "fine_tuned"} if self.args.finetune else {"linear"}
         missing = [run for run in self.runs
                    if not wanted <= self.known.get((run.row, run.command), {}).keys()]
-        if self.args.jobs > 1:
-            each = {run.folder: run for run in missing}.values()
-            with ThreadPoolExecutor(self.args.jobs) as pool:
-                done = pool.map(lambda run: train_run(run, quiet=True), each)
-                list(tqdm(done, total=len(each), unit="run"))
+        groups, jobs = {}, self.args.jobs  # rows that score one and the same training
         for run in missing:
-            train_run(run)
-            found = score(run, self.args.finetune, self.args.what == "recipe")
-            self.known[run.row, run.command] = found
-            print(f"{run.row:36}{100 * found['linear']:8.1f}")
-            self.write()
+            groups.setdefault(run.folder, []).append(run)
+        firsts = [runs[0] for runs in groups.values()]
+        with ThreadPoolExecutor(jobs) as pool:
+            done = map(train_run, firsts) if jobs == 1 else pool.map(
+                lambda run: train_run(run, quiet=True), firsts)
+            for runs, _ in tqdm(zip(groups.values(), done), total=len(groups), unit="run",
+                                disable=jobs == 1):
+                for run in runs:
+                    found = score(run, self.args.finetune, self.args.what == "recipe")
+                    self.known[run.row, run.command] = found
+                    tqdm.write(f"{run.row:36}{100 * found['linear']:8.1f}")
+                    self.write()
         self.write()
 
     def write(self):
