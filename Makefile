@@ -14,7 +14,6 @@
 # make bugs       ten planted bugs, each trained for a short time (an hour; resumes)
 # make streaming  what a folder too large for memory costs: images/s, memory (minutes)
 # make torture    kills runs at random moments and injects faults (a quarter of an hour)
-# make probe-speed  time of the linear probe on 50,000 features
 # Each makes its own environment in .venv; a machine needs only make and Python 3.10 or newer.
 
 # The public address of this repository, such as https://github.com/OWNER/NAME; not known yet.
@@ -27,7 +26,7 @@ PORT ?= 8000
 # Threads wait asleep, not spinning: as fast on an idle machine, many times faster on a busy one.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test test-gpu playground notebooks student slides colab results probe-speed streaming torture \
+.PHONY: demo test test-gpu playground notebooks student slides colab results streaming torture \
 	collapse bugs dial ablations lint clean
 
 .venv/ready: requirements.txt constraints.txt
@@ -88,9 +87,6 @@ results: .venv/ready
 		cp runs/$$run/evaluation.json results/$${preset}_seed$$seed.json && \
 		cp runs/$$run/metrics.csv results/$${preset}_seed$${seed}_metrics.csv || exit 1; \
 	done
-
-probe-speed: .venv/ready
-	$(RUN) bench/probe.py > probe.tmp && mv probe.tmp results/probe_speed.json
 
 streaming: .venv/ready
 	$(RUN) bench/streaming.py --files 20000 > streaming.tmp && mv streaming.tmp results/streaming.json
