@@ -279,10 +279,11 @@ def test_the_demo_and_the_notebooks_take_the_minutes_that_are_said():
 # --- the contrast ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["dial", "comparison_cifar10", "ablations"])
-def test_the_tables_of_the_contrast_are_those_of_results(name):
+@pytest.mark.parametrize("name,page", [("dial", "contrast"), ("comparison_cifar10", "contrast"),
+                                       ("ablations", "contrast"), ("recipe", "recipe")])
+def test_the_tables_of_experiments_are_those_of_results(name, page):
     markdown = experiments.markdown(read(name)["rows"], "", "").strip().split("\n\n")[-1]
-    assert markdown in PAGES["contrast.md"]
+    assert markdown in PAGES[f"{page}.md"]
 
 
 def ahead(rows, name, other, measure):
@@ -353,6 +354,48 @@ def test_what_is_said_of_the_ablations_is_so():
     once = [name for name, row in rows.items()
             if len(row) == 1 and name not in (*collapsed, "momentum 0")]
     assert max(abs(gains(name, cut)[0]) for name in once) < 0.0305
+
+
+def test_what_is_said_of_the_levers_is_so():
+    """By how much each change is ahead of or behind the first row, and whether with both seeds."""
+    found, said = read("recipe"), section("recipe.md", "The levers")
+    rows = {name: row["runs"] for name, row in found["rows"].items()}
+    first, one, two = "4 masks of 32 images", "1 mask of 128 images", "2 masks of 64 images"
+    assert all([run["seed"] for run in runs] == [0, 1] for runs in rows.values())
+    assert f"`{found['command']}`" in said
+
+    def gains(name, other=first):
+        return [[100 * gain for gain in ahead(rows, name, other, measure)]
+                for measure in ("linear", "knn")]
+
+    def says(sentence, *values, both=False):
+        """The sentence holds the mean of each measure's gains; in both seeds one sign, if asked."""
+        assert sentence.format(*map(statistics.mean, values)) in said
+        assert not both or all(min(gain) > 0 or max(gain) < 0 for gain in values)
+
+    apart = (100 * abs(rows[first][0][key] - rows[first][1][key]) for key in ("linear", "knn"))
+    assert "lie {:.1f} points apart by the linear probe and {:.1f} by kNN".format(*apart) in said
+    steps = {name: runs[0]["steps"] for name, runs in rows.items()}
+    assert f"are {128 * steps[first]:,} masks of {32 * steps[first]:,} crops" in said
+    assert f"of 64 are {128 * steps[two]:,} of {64 * steps[two]:,}; one" in said
+    assert f"each of 128, {128 * steps[one]:,} of as many" in said
+    assert f"give {steps[first] / steps[one]:.2f} times as many masks as one" in said
+    says("with both seeds, by {:.1f} points of the linear probe and {:.1f} of kNN", *gains(two),
+         both=True)
+    says("one mask, by {:.1f} and {:.1f}, is not behind", *gains(one))
+    block = "one pass for each target block"
+    assert f"leaves time for {steps[block]:,} of the {steps[first]:,} steps" in said
+    linear, knn = gains(block)
+    says("behind by {:.1f} points of the linear probe, with both seeds", [-x for x in linear],
+         both=True)
+    says("level by kNN ({:+.1f})", knn)
+    says("of .6: ahead with both seeds, by {:.1f} and {:.1f}", *gains("crops from .3"), both=True)
+    says("the other loses ({:+.1f} and {:+.1f} on average)", *gains("no crops"))
+    assert all(min(gain) < 0 < max(gain) for gain in gains("no crops"))
+    student = next(name for name in rows if "frozen teacher" in name)
+    says("The student passes its teacher by {:.1f} and {:.1f} points",
+         *gains(student, "an MAE, a third of the time"), both=True)
+    says("teaches itself all the time, by {:.1f} and {:.1f}", *gains(first, student))
 
 
 # --- other measurements ---------------------------------------------------------------------------
