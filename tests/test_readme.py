@@ -392,6 +392,9 @@ def test_what_is_said_of_the_levers_is_so():
     says("of .6: ahead with both seeds, by {:.1f} and {:.1f}", *gains("crops from .3"), both=True)
     says("the other loses ({:+.1f} and {:+.1f} on average)", *gains("no crops"))
     assert all(min(gain) < 0 < max(gain) for gain in gains("no crops"))
+    linear, knn = gains("targets of blocks 2, 3, 4")
+    assert min(linear) < 0 < max(linear) and abs(statistics.mean(linear)) < 0.1
+    says("behind by {:.1f} points of kNN, with both", [-x for x in knn], both=True)
     student = next(name for name in rows if "frozen teacher" in name)
     says("The student passes its teacher by {:.1f} and {:.1f} points",
          *gains(student, "an MAE, a third of the time"), both=True)
