@@ -204,8 +204,8 @@ class Table:
             groups.setdefault(run.folder, []).append(run)
         firsts = [runs[0] for runs in groups.values()]
         with ThreadPoolExecutor(jobs) as pool:
-            done = map(train_run, firsts) if jobs == 1 else pool.map(
-                lambda run: train_run(run, quiet=True), firsts)
+            apply = pool.map if jobs > 1 else map
+            done = apply(lambda run: train_run(run, quiet=jobs > 1), firsts)
             for runs, _ in tqdm(zip(groups.values(), done), total=len(groups), unit="run",
                                 disable=jobs == 1):
                 for run in runs:

@@ -373,7 +373,7 @@ def test_what_is_said_of_the_levers_is_so():
         assert sentence.format(*map(statistics.mean, values)) in said
         assert not both or all(min(gain) > 0 or max(gain) < 0 for gain in values)
 
-    apart = (100 * abs(rows[first][0][key] - rows[first][1][key]) for key in ("linear", "knn"))
+    apart = [100 * abs(rows[first][0][key] - rows[first][1][key]) for key in ("linear", "knn")]
     assert "lie {:.1f} points apart by the linear probe and {:.1f} by kNN".format(*apart) in said
     steps = {name: runs[0]["steps"] for name, runs in rows.items()}
     assert f"are {128 * steps[first]:,} masks of {32 * steps[first]:,} crops" in said
@@ -382,7 +382,8 @@ def test_what_is_said_of_the_levers_is_so():
     assert f"give {steps[first] / steps[one]:.2f} times as many masks as one" in said
     says("with both seeds, by {:.1f} points of the linear probe and {:.1f} of kNN", *gains(two),
          both=True)
-    says("one mask, by {:.1f} and {:.1f}, is not behind", *gains(one))
+    says("level with the other ({:+.1f} and {:+.1f} on average)", *gains(one))
+    assert all(gain[0] > 0.5 and abs(gain[1]) < 0.2 for gain in gains(one))
     block = "one pass for each target block"
     assert f"leaves time for {steps[block]:,} of the {steps[first]:,} steps" in said
     linear, knn = gains(block)
@@ -398,7 +399,18 @@ def test_what_is_said_of_the_levers_is_so():
     student = next(name for name in rows if "frozen teacher" in name)
     says("The student passes its teacher by {:.1f} and {:.1f} points",
          *gains(student, "an MAE, a third of the time"), both=True)
-    says("teaches itself all the time, by {:.1f} and {:.1f}", *gains(first, student))
+    says("all the time, by {:.1f}, with one seed of two, and {:.1f}, with both",
+         *gains(first, student))
+    linear, knn = gains(first, student)
+    assert min(linear) < 0 < max(linear) and min(knn) > 0
+    mae = "an MAE, a third of the time"
+    others = [name for name in rows if name not in (mae, student)]
+    assert all(abs(statistics.mean(gain)) < most for name in others
+               for gain, most in zip(gains(name), apart))
+    took = [run["seconds"] for name in others for run in rows[name]]
+    both = sorted(a["seconds"] + b["seconds"] for a, b in zip(rows[mae], rows[student]))
+    assert "took {:,.0f} to {:,.0f} s, an MAE and its student together {:,.0f} and {:,.0f}".format(
+        min(took), max(took), *both) in said
 
 
 # --- other measurements ---------------------------------------------------------------------------

@@ -152,6 +152,22 @@ def test_runs_are_trained_side_by_side_in_processes_of_their_own(noise, monkeypa
         experiments.main(["ablations", "--jobs", "2", *noise, "--no-such", "1"])
 
 
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_a_run_that_fails_does_not_cost_the_scores_of_those_before(jobs, noise, monkeypatch):
+    def train_run(run, quiet):
+        if run.row != first:
+            raise UsageError("it fails")
+
+    first, _ = FEW
+    monkeypatch.setattr(experiments, "ABLATIONS", FEW)
+    monkeypatch.setattr(experiments, "train_run", train_run)
+    monkeypatch.setattr(experiments, "score", lambda run, *_: {"linear": 0.5,
+                                                               "command": run.command})
+    with pytest.raises(UsageError, match="it fails"):
+        experiments.main(["ablations", "--jobs", jobs, *noise])
+    assert [*rows_of("ablations")] == [first]
+
+
 def test_a_step_is_timed_without_those_that_warm_up(tmp_path, monkeypatch):
     """A second to start, then a tenth a step: images_per_second is the mean since the start."""
 
