@@ -307,6 +307,28 @@ def test_the_lines_of_the_dial_cross():
     assert "{} steps of I-JEPA, {} of the MAE, {} of supervision".format(*steps) in said
 
 
+def test_the_lines_of_the_dial_cross_at_other_rates_too():
+    heading = "At other learning rates"
+    rates = [read(name)["rows"] for name in ("dial_low", "dial", "dial_high")]
+    runs = {name: [rate[name]["runs"][0] for rate in rates] for name in rates[0]}
+    assert {run["seed"] for row in runs.values() for run in row} == {0}
+    assert table("contrast.md", heading) == {
+        name: [" / ".join(percent([run[key]]) for key in ("linear", "knn")) for run in row]
+        for name, row in runs.items()}
+    for detail in ("0", "0.5", "1"):
+        pairs = zip(runs[f"MAE, detail {detail}"], runs[f"I-JEPA, detail {detail}"], strict=True)
+        assert all((mae[key] > ours[key]) == (detail != "1") for mae, ours in pairs
+                   for key in ("linear", "knn"))
+        low, preset, high = (run["linear"] for run in runs[f"I-JEPA, detail {detail}"])
+        assert preset > max(low, high)
+        low, preset, high = (run["linear"] for run in runs[f"MAE, detail {detail}"])
+        assert (preset > max(low, high)) == (detail != "1")
+    gain = 100 * (low - preset)
+    behind = 100 * (runs["I-JEPA, detail 1"][1]["linear"] - low)
+    assert f"it is {gain:.1f} points better by the linear probe, and still {behind:.1f} behind" in (
+        section("contrast.md", heading))
+
+
 def test_what_is_said_of_mae_and_supervision_on_photographs_is_so():
     """Who is ahead, by how much, and with how many of the seeds."""
     said = section("contrast.md", "MAE and supervision on photographs")
