@@ -354,7 +354,7 @@ def main(argv=None):
     parser.add_argument("--name", help="results/NAME.json, images/NAME.png [experiment, preset]")
     parser.add_argument("--finetune", type=int, default=0, help="epochs of fine-tuning [0: none]")
     parser.add_argument("--jobs", type=int, default=1, help="runs trained at the same time [1]")
-    parser.add_argument("--note", default="", help="what a reader must know, as 'JPEG copy.'")
+    parser.add_argument("--note", default="", help="what a reader must know, one sentence")
     argv = sys.argv[1:] if argv is None else argv
     args, args.flags = parser.parse_known_args(argv)
     args.command = shlex.join(["python", "-m", "extras.experiments", *argv])

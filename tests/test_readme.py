@@ -331,20 +331,28 @@ def test_the_lines_of_the_dial_cross_at_other_rates_too():
 
 def test_what_is_said_of_mae_and_supervision_on_photographs_is_so():
     """Who is ahead, by how much, and with how many of the seeds."""
-    said = section("contrast.md", "MAE and supervision on photographs")
-    cifar = {name: row["runs"] for name, row in read("comparison_cifar10")["rows"].items()}
+    said, found = section("contrast.md", "MAE and supervision on photographs"), read(
+        "comparison_cifar10")
+    cifar = {name: row["runs"] for name, row in found["rows"].items()}
     assert all(len(runs) == 3 for runs in cifar.values())
+    epochs = [cifar[name][0]["steps"] * 5 / cifar["I-JEPA"][0]["steps"]
+              for name in ("MAE, equal seconds", "supervised, equal seconds")]
+    assert "the MAE runs {:.0f} epochs and supervision {:.0f}:".format(*epochs) in said
     for measure in ("linear", "knn", "1%", "10%"):
-        assert all(min(ahead(cifar, "supervised", name, measure)) > 0 for name in ("MAE", "I-JEPA"))
-    level = [percent([run["linear"] for run in cifar[name]]) for name in ("I-JEPA", "MAE")]
-    assert "({} and {})".format(*level) in said
-    assert abs(statistics.mean(ahead(cifar, "I-JEPA", "MAE", "linear"))) < 0.01
-    for names, measure, sentence in (
-            (("I-JEPA", "MAE"), "knn", "kNN, I-JEPA is ahead with every seed, by {} points"),
-            (("MAE, equal seconds", "I-JEPA"), "linear", "with every seed, by {} points. By kNN"),
-            (("I-JEPA", "MAE, equal seconds"), "knn", "I-JEPA is still ahead, by {}.")):
+        assert all(min(ahead(cifar, "supervised", name, measure)) > 0
+                   for name in ("MAE", "MAE, equal seconds", "I-JEPA"))
+    ours, same, longer = "I-JEPA", "MAE", "MAE, equal seconds"
+    for names, measure, seeds_ahead, sentence in (
+            ((same, ours), "linear", [1, 2], "ahead with two seeds of three, by {} points. By"),
+            ((ours, same), "knn", [0, 1, 2], "By kNN, I-JEPA is ahead with every seed, by {}."),
+            ((longer, ours), "linear", [1, 2], "with the same two seeds, by {}, and with 1%")):
         by = ahead(cifar, *names, measure)
-        assert sentence.format(percent(by)) in said and min(by) > 0
+        assert sentence.format(percent(by)) in said
+        assert [seed for seed, gain in enumerate(by) if gain > 0] == seeds_ahead
+    assert all(min(ahead(cifar, longer, ours, measure)) > 0 for measure in ("1%", "10%"))
+    by = ahead(cifar, ours, longer, "knn")
+    assert f"I-JEPA is ahead by {percent(by)}." in said
+    assert abs(statistics.mean(by)) < statistics.stdev(by)  # level
 
 
 def test_what_is_said_of_the_ablations_is_so():
