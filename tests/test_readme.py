@@ -319,10 +319,11 @@ def test_the_lines_of_the_dial_cross_at_other_rates_too():
         pairs = zip(runs[f"MAE, detail {detail}"], runs[f"I-JEPA, detail {detail}"], strict=True)
         assert all((mae[key] > ours[key]) == (detail != "1") for mae, ours in pairs
                    for key in ("linear", "knn"))
-        low, preset, high = (run["linear"] for run in runs[f"I-JEPA, detail {detail}"])
-        assert preset > max(low, high)
-        low, preset, high = (run["linear"] for run in runs[f"MAE, detail {detail}"])
-        assert (preset > max(low, high)) == (detail != "1")
+        for key in ("knn", "linear"):
+            low, preset, high = (run[key] for run in runs[f"I-JEPA, detail {detail}"])
+            assert preset > max(low, high)
+            low, preset, high = (run[key] for run in runs[f"MAE, detail {detail}"])
+            assert (preset > max(low, high)) == (detail != "1")
     gain = 100 * (low - preset)
     behind = 100 * (runs["I-JEPA, detail 1"][1]["linear"] - low)
     assert f"it is {gain:.1f} points better by the linear probe, and still {behind:.1f} behind" in (
@@ -331,13 +332,17 @@ def test_the_lines_of_the_dial_cross_at_other_rates_too():
 
 def test_what_is_said_of_mae_and_supervision_on_photographs_is_so():
     """Who is ahead, by how much, and with how many of the seeds."""
-    said, found = section("contrast.md", "MAE and supervision on photographs"), read(
-        "comparison_cifar10")
-    cifar = {name: row["runs"] for name, row in found["rows"].items()}
+    said = section("contrast.md", "MAE and supervision on photographs")
+    cifar = {name: row["runs"] for name, row in read("comparison_cifar10")["rows"].items()}
     assert all(len(runs) == 3 for runs in cifar.values())
     epochs = [cifar[name][0]["steps"] * 5 / cifar["I-JEPA"][0]["steps"]
               for name in ("MAE, equal seconds", "supervised, equal seconds")]
-    assert "the MAE runs {:.0f} epochs and supervision {:.0f}:".format(*epochs) in said
+    assert "the MAE runs {:.0f} epochs and supervision {:.0f}, by".format(*epochs) in said
+    took = [limit(run["seconds"] for run in cifar[name])
+            for name in ("I-JEPA", "MAE, equal seconds", "supervised, equal seconds")
+            for limit in (min, max)]
+    assert ("took {:.0f} to {:.0f} s, the MAE's {:.0f} to {:.0f} s, supervision's {:.0f} to {:.0f}"
+            " s:".format(*took)) in said
     for measure in ("linear", "knn", "1%", "10%"):
         assert all(min(ahead(cifar, "supervised", name, measure)) > 0
                    for name in ("MAE", "MAE, equal seconds", "I-JEPA"))
@@ -391,6 +396,7 @@ def test_what_is_said_of_the_levers_is_so():
     found, said = read("recipe"), section("recipe.md", "The levers")
     rows = {name: row["runs"] for name, row in found["rows"].items()}
     first, one, two = "4 masks of 32 images", "1 mask of 128 images", "2 masks of 64 images"
+    mae, student = "an MAE, a third of the time", [*rows][-1]
     assert all([run["seed"] for run in runs] == [0, 1] for runs in rows.values())
     assert f"`{found['command']}`" in said
 
@@ -432,18 +438,16 @@ def test_what_is_said_of_the_levers_is_so():
     assert f"and the other loses {-lost:.1f}." in said and abs(other) < 0.05
     assert f"leaves time for {steps[wide]:,} steps" in said
     says("behind with both seeds, by {:.1f} and {:.1f}",
-         *[[-x for x in gain] for gain in gains(wide)], both=True)
+         *gains(first, wide), both=True)
     linear, knn = gains("targets of blocks 2, 3, 4")
     assert min(linear) < 0 < max(linear) and abs(statistics.mean(linear)) < 0.1
     says("behind by {:.1f} points of kNN, with both", [-x for x in knn], both=True)
-    student = next(name for name in rows if "frozen teacher" in name)
-    says("The student passes its teacher by {:.1f} and {:.1f} points",
-         *gains(student, "an MAE, a third of the time"), both=True)
+    says("The student passes its teacher by {:.1f} and {:.1f} points", *gains(student, mae),
+         both=True)
     says("all the time, by {:.1f}, with one seed of two, and {:.1f}, with both",
          *gains(first, student))
     linear, knn = gains(first, student)
     assert min(linear) < 0 < max(linear) and min(knn) > 0
-    mae = "an MAE, a third of the time"
     assert all(statistics.mean(gain) < most for name in rows
                for gain, most in zip(gains(name), apart))
     assert [mae, wide, student] == [name for name in rows if any(
