@@ -88,11 +88,9 @@ PRESETS = {
     # Synthetic images, minutes on a laptop's CPU: the defaults above. A short run needs many steps
     # and a target encoder that keeps up; a momentum that rises to 1 would freeze it before the end.
     "shapes": {},
-    # Synthetic volumes, likewise.
+    # Synthetic volumes, likewise. There are fewer of them, so each is cropped anew in every epoch.
     "shapes3d": dict(
-        dataset="shapes3d", image_size=16, epochs=25, batch_size=128, lr=8e-3, lr_start=8e-4,
-        betas=(0.9, 0.999), momentum=0.98, momentum_final=0.98, context_size=20,
-        merge_targets=False),
+        dataset="shapes3d", image_size=16, crop_scale=(0.6, 1.0), context_size=20, epochs=40),
     # Volumes of organs, 28 voxels a side; --dataset takes its relatives, such as nodulemnist3d. Not
     # mirrored, for the left and the right kidney are two classes.
     "medmnist3d": dict(

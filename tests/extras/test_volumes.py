@@ -176,7 +176,7 @@ def test_a_run_on_volumes_is_trained_and_drawn_by_slice(tmp_path, monkeypatch, c
     assert f"for volumes run python -m extras.figures {out}" in capsys.readouterr().out
     run = viz.load(viz.parse([out, "--device", "cpu"], ""))
     drawn = dict(volumes.predictor_figures(run))
-    assert len(drawn["masks"].axes) == 4 * 6  # one volume, four slices; image, context, M = 4
+    assert len(drawn["masks"].axes) == 4 * 3  # one volume, four slices; image, context, targets
     assert len(drawn["predictor_neighbors"].axes) == 4 * 5
     figures.main([out, "--device", "cpu"])
     names = {path.stem for path in (tmp_path / "figures").glob("*.png")}
