@@ -104,7 +104,7 @@ dial: .venv/ready
 	$(RUN) -m extras.experiments dial --seeds 0 1 2
 
 ablations: .venv/ready
-	$(RUN) -m extras.experiments ablations --seeds 0 1 2 --measurements 2
+	$(RUN) -m extras.experiments ablations --seeds 0 1 2 --jobs 2 --measurements 2
 
 lint: .venv/ready
 	$(RUN) -m pip install --quiet ruff==0.17.5

@@ -118,7 +118,7 @@ class PixelTargets(IJEPA):
 
 
 class MaskedTargetInput(IJEPA):
-    """The target encoder sees one target block at a time, nothing else; Output.tokens is None."""
+    """The target encoder sees what is to be predicted, nothing else; Output.tokens is None."""
 
     @torch.no_grad()
     def make_targets(self, images, masks):
@@ -208,7 +208,7 @@ ABLATIONS = {
     "truncated-masks": Ablation("one block size a batch, contexts cut to the shortest", WHOLE,
                                 masking=truncated),
     "pixel-targets": Ablation("targets are pixels (table 7)", model=PixelTargets),
-    "masked-target-input": Ablation("the target encoder sees the target block only (table 11)",
+    "masked-target-input": Ablation("the target encoder sees what is to be predicted (table 11)",
                                     model=MaskedTargetInput),
     "several-layers": Ablation("targets are the mean of the last 3 blocks' outputs (data2vec)",
                                model=SeveralLayers),

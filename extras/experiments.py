@@ -48,17 +48,10 @@ ABLATIONS = {
     "targets: pixels": ("-m extras.ablations pixel-targets", "", "T7: 40.7 (features 66.9)"),
     "target encoder's input masked": ("-m extras.ablations masked-target-input", "",
                                       "T11: 56.1 (output 67.3)"),
-    "1 target": ("train.py", "--num-targets 1", "T10: 9.0"),
     "1 target, all of the context": ("train.py", "--num-targets 1 --context-size 0", "T10: 9.0"),
-    "2 targets": ("train.py", "--num-targets 2", "T10: 22.0"),
-    "3 targets": ("train.py", "--num-targets 3", "T10: 48.5"),
     "target scale .075 to .2": ("train.py", "--target-scale .075 .2", "T8: 19.2"),
-    "target scale .2 to .25": ("train.py", "--target-scale .2 .25", "T8: 38.9"),
-    "target scale .2 to .3": ("train.py", "--target-scale .2 .3", "T8: 33.6"),
-    "context scale .4 to 1": ("train.py", "--context-scale .4 1 --context-size 0", "T9: 31.2"),
     "context scale .85 to 1, all of it": ("train.py", "--context-size 0", "T9: 54.2"),
     "predictor 1 deep": ("train.py", "--predictor 32x1x1", "T12: depth 6 64.0, 12 66.9"),
-    "predictor 4 deep": ("train.py", "--predictor 32x4x1", "T12: depth 6 64.0, 12 66.9"),
     "predictor as wide as the encoder": ("train.py", "--predictor 64x2x1",
                                          "T14: width 384 70.7, 1024 68.4"),
     "no stop-gradient": ("-m extras.ablations no-stop-gradient", "", "-"),
@@ -218,12 +211,12 @@ class Table:
     def write(self):
         """Write results/NAME.json and results/NAME.md as far as they are known."""
         args, rows = self.args, self.rows()
-        about = {"command": args.command, "seeds": args.seeds, "note": args.note,
+        about = {"command": args.command, "seeds": args.seeds,
                  **provenance(train.pick_device("auto"))}
         write_json(self.path, {**about, "equal_seconds": self.ratios, "rows": rows})
         which = "held-out training images" if args.what == "recipe" else "test images"
         text = (f"`{args.command}`, {about['date'][:10]}; percent, frozen target encoder, "
-                f"{LABELS:,} labeled images, {which}; ± over seeds. {args.note}")
+                f"{LABELS:,} labeled images, {which}; ± over seeds.")
         table = markdown(rows, f"{args.what} on {args.preset}", text)
         self.path.with_suffix(".md").write_text(table, encoding="utf-8")
 
@@ -354,7 +347,6 @@ def main(argv=None):
     parser.add_argument("--name", help="results/NAME.json, images/NAME.png [experiment, preset]")
     parser.add_argument("--finetune", type=int, default=0, help="epochs of fine-tuning [0: none]")
     parser.add_argument("--jobs", type=int, default=1, help="runs trained at the same time [1]")
-    parser.add_argument("--note", default="", help="what a reader must know, one sentence")
     argv = sys.argv[1:] if argv is None else argv
     args, args.flags = parser.parse_known_args(argv)
     args.command = shlex.join(["python", "-m", "extras.experiments", *argv])
