@@ -416,6 +416,11 @@ def test_what_is_said_of_the_ablations_is_so():
     assert f"({mean('targets: pixels', 'linear')} and {mean(frozen, 'linear')})" in said
     assert all(max(run["linear"] for run in rows[name]) < min(untrained)
                for name in (no_stop, copied, "targets: pixels"))
+    alike = read("detail0_pixels"), read("detail0_features")
+    ends = [100 * run["features"]["target"]["linear"] for run in alike]
+    assert "pixels end at {:.1f}% and features at {:.1f}%".format(*ends) in said
+    settings = [{**run["config"], "out": ""} for run in alike]
+    assert settings[0] == settings[1] == {**settings[0], "dataset": "data/dial/shapes-0.npz"}
 
 
 def test_what_is_said_of_the_levers_is_so():
