@@ -7,7 +7,7 @@
 # make slides     both notebooks as slides, in slides/ (reveal.js, from the network when shown)
 # make colab      write the repository's address, below, into README and notebooks, with badges
 # make lint       style checks
-# make results    the runs behind the tables of shapes and volumes, three seeds each (half an hour)
+# make results    the runs behind the tables of shapes and volumes, three seeds each (an hour)
 # make dial       when do representations beat pixels? three methods, three seeds (hours on a CPU; resumes)
 # make ablations  the paper's ablations at our scale, three seeds (hours on a CPU; likewise)
 # make collapse   what each safeguard against collapse is worth (minutes)
